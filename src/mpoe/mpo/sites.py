@@ -1,0 +1,288 @@
+"""Site dimensions: how a matrix of any size is cut into the sites of a matrix product operator (MPO).
+
+Site k has o_k output and i_k input dimensions; the products over the sites are the matrix's sizes, padded with zero rows
+or columns where a size has no useful divisors. Shape letters: a, b bonds; o, i dimensions of a site; m sites.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+# The dimensions that the paper's authors use, where ours would be another choice of the same quality.
+PAPER_DIMS = {
+    (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
+    (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
+    (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
+}
+MAX_PADDING = 1 / 16  # of a size; beyond that a site without divisors is cheaper than the padding
+
+
+@dataclass(frozen=True)
+class SiteDims:
+    """The dimensions of an MPO's sites.
+
+    Attributes:
+        out_dims: o_1 .. o_m; their product is `padded_out` >= out_features.
+        in_dims: i_1 .. i_m; their product is `padded_in` >= in_features.
+        out_features: Rows of the matrix, count.
+        in_features: Columns of the matrix, count.
+        note: What had to give way (padding, fewer sites), in words; empty if nothing had to.
+    """
+
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    out_features: int
+    in_features: int
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.out_dims) != len(self.in_dims) or len(self.out_dims) % 2 == 0:
+            raise ValueError(
+                "an MPO needs an odd number of sites, each with one output and one input dimension; "
+                f"got {len(self.out_dims)} output dimensions {self.out_dims} and {len(self.in_dims)} input dimensions "
+                f"{self.in_dims}"
+            )
+        for side, dims, size in (
+            ("output", self.out_dims, self.out_features),
+            ("input", self.in_dims, self.in_features),
+        ):
+            if min(*dims, size) < 1:
+                raise ValueError(f"{side} dimensions and features must be >= 1; got {dims} for {size} features")
+            padding = math.prod(dims) - size
+            if padding < 0 or padding > max(1, size * MAX_PADDING):
+                raise ValueError(
+                    f"product of site {side} dimensions must equal {side}_features = {size} (or be at most 1/16 more, "
+                    f"padded); got {dims} = {math.prod(dims)}. "
+                    f"mpoe.mpo.site_dims({self.out_features}, {self.in_features}) gives valid ones."
+                )
+
+    @classmethod
+    def of(cls, dims: Sequence[Sequence[int]], out_features: int, in_features: int) -> SiteDims:
+        """Site dimensions that the user gives: `dims` is (output dimensions, input dimensions)."""
+        if len(dims) != 2:
+            raise ValueError(f"site dimensions must be a pair (output dimensions, input dimensions); got {dims!r}")
+        return cls(tuple(dims[0]), tuple(dims[1]), out_features, in_features)
+
+    @property
+    def num_sites(self) -> int:
+        """Sites, count, odd."""
+        return len(self.out_dims)
+
+    @property
+    def central(self) -> int:
+        """Index of the central site."""
+        return self.num_sites // 2
+
+    @property
+    def auxiliary(self) -> tuple[int, ...]:
+        """Indices of the auxiliary sites, all but the central one."""
+        return tuple(k for k in range(self.num_sites) if k != self.central)
+
+    @property
+    def padded_out(self) -> int:
+        """Rows with padding, count."""
+        return math.prod(self.out_dims)
+
+    @property
+    def padded_in(self) -> int:
+        """Columns with padding, count."""
+        return math.prod(self.in_dims)
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the sites before the central one carry only outputs and those after it only inputs."""
+        return all(i == 1 for i in self.in_dims[: self.central]) and all(
+            o == 1 for o in self.out_dims[self.central + 1 :]
+        )
+
+    def bond_dims(self, max_bond_dim: int | None = None) -> tuple[int, ...]:
+        """The bonds d_0 .. d_m, d_0 = d_m = 1.
+
+        Args:
+            max_bond_dim: At most this many on each bond, count, >= 1; None is full bonds,
+                d_k = min(prod_{n<=k} o_n i_n, prod_{n>k} o_n i_n).
+
+        Source: MPOE (Gao et al., COLING 2022), §2.
+        """
+        sizes = [o * i for o, i in zip(self.out_dims, self.in_dims, strict=True)]
+        total = math.prod(sizes)
+        full = (min(left, total // left) for left in accumulate(sizes, mul, initial=1))
+        return tuple(min(bond, max_bond_dim or bond) for bond in full)
+
+    def site_shapes(self, max_bond_dim: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
+        """The shape (d_{k-1}, o_k, i_k, d_k) of every site tensor."""
+        bonds = self.bond_dims(max_bond_dim)
+        return tuple(zip(bonds[:-1], self.out_dims, self.in_dims, bonds[1:], strict=True))
+
+    def num_parameters(self, max_bond_dim: int | None = None) -> tuple[int, int]:
+        """Elements of the central tensor, and of all auxiliary tensors together."""
+        counts = [math.prod(shape) for shape in self.site_shapes(max_bond_dim)]
+        return counts[self.central], sum(counts) - counts[self.central]
+
+
+def site_dims(
+    out_features: int,
+    in_features: int,
+    num_sites: int | None = None,
+    layout: str = "balanced",
+    max_auxiliary_bond: int | None = None,
+) -> SiteDims:
+    """Site dimensions for a matrix of any size.
+
+    Args:
+        out_features: Rows, count, >= 1.
+        in_features: Columns, count, >= 1.
+        num_sites: Sites, odd, >= 1; None is 5 for "balanced" and 3 for "separable" (which knows no other number).
+        layout: "balanced": every site carries a piece of both sides, as in the paper. "separable": the first site
+            carries only output dimensions, the last only input dimensions.
+        max_auxiliary_bond: Cap on the full bonds on both sides of the central tensor, count, >= 1: how large the
+            auxiliary tensors may be (an end of the separable layout has the square of its bond). None is the size of
+            the paper's shapes.
+
+    Returns:
+        SiteDims. Sizes without useful divisors (primes) are padded by at most 1/16; sites that would be left with
+        one dimension are dropped; `note` says which was done.
+
+    Raises:
+        ValueError: A size, number of sites, layout or bond that makes no sense.
+    """
+    for name, value in (("out_features", out_features), ("in_features", in_features)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}")
+    if max_auxiliary_bond is not None and max_auxiliary_bond < 1:
+        raise ValueError(f"max_auxiliary_bond must be >= 1; got {max_auxiliary_bond}")
+    if layout == "separable":
+        if num_sites not in (None, 3):
+            raise ValueError(f"the separable layout has 3 sites; got num_sites = {num_sites}; leave it out or say 3")
+        return _separable(out_features, in_features, max_auxiliary_bond)
+    if layout != "balanced":
+        raise ValueError(f"layout must be 'balanced' or 'separable'; got {layout!r}")
+    num_sites = 5 if num_sites is None else num_sites
+    if num_sites < 1 or num_sites % 2 == 0:
+        raise ValueError(f"num_sites must be odd and >= 1; got {num_sites}")
+    return _balanced(out_features, in_features, num_sites, max_auxiliary_bond)
+
+
+def _separable(out_features: int, in_features: int, max_bond: int | None) -> SiteDims:
+    # A quarter of the narrow side at the end on the wide side, and half of it at the narrow end: 192 and 384 for
+    # T5-base, the bonds of the paper's shape, and 1.375 times the dense FLOPs. An end larger than the rest of the chain
+    # would be wider than the full bond.
+    narrow = min(out_features, in_features)
+    limit = min(max_bond or narrow, math.isqrt(out_features * in_features))
+    target_out = narrow // (2 if out_features < in_features else 4)
+    target_in = narrow // (2 if in_features < out_features else 4)
+    out_end, out_inner = _cut(out_features, min(limit, target_out or 1))
+    in_end, in_inner = _cut(in_features, min(limit, target_in or 1))
+    notes = [_padding_note(out_features, out_end * out_inner, in_features, in_end * in_inner)]
+    bare = [side for side, end in (("output", out_end), ("input", in_end)) if end == 1]
+    if bare:
+        notes.append(f"the {' and '.join(bare)} end has one dimension: the size is too small or has no useful divisor")
+    dims = (out_end, out_inner, 1), (1, in_inner, in_end)
+    return SiteDims(*dims, out_features, in_features, note="; ".join(filter(None, notes)))
+
+
+def _cut(size: int, target: int) -> tuple[int, int]:
+    """(end, inner) with end * inner >= size: the least padding whose end is in [target / 2, target]."""
+    for padded in range(size, size + int(size * MAX_PADDING) + 1):
+        for end in range(target, (target + 1) // 2 - 1, -1):
+            if end >= 1 and padded % end == 0:
+                return end, padded // end
+    return 1, size
+
+
+def _balanced(out_features: int, in_features: int, num_sites: int, max_bond: int | None) -> SiteDims:
+    out_dims, in_dims = _paper_dims(out_features, in_features, num_sites) or (
+        _spread(_pad(out_features), num_sites),
+        _spread(_pad(in_features), num_sites),
+    )
+    dims = [list(out_dims), list(in_dims)]
+    centre = num_sites // 2
+    for side in (range(centre), range(centre + 1, num_sites)):
+        _shrink(dims, side, centre, max_bond)
+    notes = [_padding_note(out_features, math.prod(out_dims), in_features, math.prod(in_dims))]
+    kept = [k for k in range(num_sites) if k == centre or dims[0][k] * dims[1][k] > 1]
+    # As many sites on the left as on the right, so that the middle one stays the central tensor.
+    arm = max(sum(k < centre for k in kept), sum(k > centre for k in kept))
+    if 2 * arm + 1 < num_sites:
+        notes.append(f"num_sites = {2 * arm + 1} instead of {num_sites}: the sizes have too few divisors for more")
+        left, right = [k for k in kept if k < centre], [k for k in kept if k > centre]
+        dims = [
+            [1] * (arm - len(left)) + [d[k] for k in left] + [d[centre]] + [d[k] for k in right]
+            + [1] * (arm - len(right))
+            for d in dims
+        ]  # fmt: skip
+    note = "; ".join(filter(None, notes))
+    return SiteDims(tuple(dims[0]), tuple(dims[1]), out_features, in_features, note=note)
+
+
+def _paper_dims(out_features: int, in_features: int, num_sites: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if num_sites != 5:
+        return None
+    if dims := PAPER_DIMS.get((out_features, in_features)):
+        return dims
+    if dims := PAPER_DIMS.get((in_features, out_features)):
+        return dims[1], dims[0]
+    return None
+
+
+def _pad(size: int) -> int:
+    """The next size that leaves enough small divisors for the auxiliary sites once the centre has the largest prime."""
+    for padded in range(size, size + int(size * MAX_PADDING) + 1):
+        largest, *others = _primes(padded)
+        if padded // largest >= padded**0.4 and max(others, default=1) <= padded ** (1 / 3):
+            return padded
+    return size
+
+
+def _primes(size: int) -> list[int]:
+    """Prime factors, largest first; [1] for 1."""
+    primes, divisor = [], 2
+    while divisor * divisor <= size:
+        while size % divisor == 0:
+            primes.append(divisor)
+            size //= divisor
+        divisor += 1
+    if size > 1 or not primes:
+        primes.append(size)
+    return primes[::-1]
+
+
+def _spread(size: int, num_sites: int) -> list[int]:
+    """`size` as a product of `num_sites` factors as equal as they come, the largest in the middle."""
+    factors = [1] * num_sites
+    for prime in sorted(_primes(size), reverse=True):
+        factors[factors.index(min(factors))] *= prime
+    factors.sort(reverse=True)
+    centre = num_sites // 2
+    # largest at the centre, then alternately to its left and right
+    order = sorted(range(num_sites), key=lambda k: (abs(k - centre), k))
+    dims = [1] * num_sites
+    for k, factor in zip(order, factors, strict=True):
+        dims[k] = factor
+    return dims
+
+
+def _shrink(dims: list[list[int]], side: range, centre: int, max_bond: int | None) -> None:
+    """Move factors from one side's sites to the central site until the side's full bond is within its limits."""
+    total = math.prod(dims[0]) * math.prod(dims[1])
+    while True:
+        bond = math.prod(dims[0][k] * dims[1][k] for k in side)
+        if bond <= (max_bond or bond) and bond * bond <= total:
+            return
+        which, k = max(((w, k) for w in (0, 1) for k in side), key=lambda wk: dims[wk[0]][wk[1]])
+        prime = _primes(dims[which][k])[-1]
+        dims[which][k] //= prime
+        dims[which][centre] *= prime
+
+
+def _padding_note(out_features: int, padded_out: int, in_features: int, padded_in: int) -> str:
+    notes = [
+        f"{side} padded from {size} to {padded}: {size} has no divisor of a useful size"
+        for side, size, padded in (("outputs", out_features, padded_out), ("inputs", in_features, padded_in))
+        if padded != size
+    ]
+    return "; ".join(notes)

@@ -1,0 +1,224 @@
+"""Experts: one weight matrix of a layer, E times. `MPOExperts` shares its central tensor; `DenseExperts` shares nothing.
+
+Both take tokens sorted by expert and the number of tokens of each expert, and both can multiply out the matrix W_e of
+one expert, which defines what is correct: every faster way must agree with `per_token` in output and gradients.
+
+Shape letters: T tokens, E experts; a, b the bonds left and right of the central tensor; o, i the central site's output
+and input dimensions; p, q the dimensions at the output end and the input end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mpoe.mpo import MPO, SiteDims, decompose
+
+
+class MPOExperts(nn.Module):
+    """E matrices as MPOs that share their central tensor.
+
+    The auxiliary tensor of expert e at site k is `start_k + scale_k * offset_k[e]`. The start (an identity in the
+    identity gauge) is shared and fixed, the offsets are the parameters and begin at 0, the scale is set from the weights
+    by `load_matrix`. So Adam's steps, which are absolute, have about the same relative size on all parts of the layer.
+
+    Args:
+        dims: Site dimensions.
+        num_experts: E, count.
+        max_bond_dim: Truncation, count; None is exact.
+        gauge: See `mpoe.mpo.decompose`.
+        offset_scale: See `MPOEConfig.offset_scale`.
+
+    Attributes:
+        central: The shared central tensor (a, o, i, b).
+        offsets: One tensor per auxiliary site, (E, d_{k-1}, o_k, i_k, d_k).
+        scales: One number per auxiliary site.
+
+    Source: MPOE (Gao et al., COLING 2022), §3.1.
+    """
+
+    def __init__(
+        self,
+        dims: SiteDims,
+        num_experts: int,
+        max_bond_dim: int | None = None,
+        gauge: str = "identity",
+        offset_scale: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.dims = dims
+        self.num_experts = num_experts
+        self.max_bond_dim = max_bond_dim
+        self.gauge = gauge
+        self.offset_scale = offset_scale
+        shapes = dims.site_shapes(max_bond_dim)
+        self.central = nn.Parameter(torch.empty(shapes[dims.central]))
+        self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
+        self.scales: Tensor
+        self.register_buffer("scales", torch.empty(len(dims.auxiliary)))
+        # In the identity gauge a square start is the unit matrix, which is not stored.
+        self._unit_starts = tuple(gauge == "identity" and _is_square(shapes[k], k < dims.central) for k in dims.auxiliary)
+        for k, is_unit in zip(dims.auxiliary, self._unit_starts, strict=True):
+            if not is_unit:
+                self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
+
+    @torch.no_grad()
+    def load_matrix(self, matrix: Float[Tensor, "out_features in_features"]) -> None:
+        """Make every expert the given matrix (exactly, or truncated), and set the scales of the offsets.
+
+        Args:
+            matrix: W, finite.
+        """
+        operator = decompose(matrix, self.dims, self.max_bond_dim, self.gauge)
+        self.central.copy_(operator.central)
+        central_rms = operator.central.double().square().mean().sqrt().item() or 1.0
+        for n, (k, is_unit) in enumerate(zip(self.dims.auxiliary, self._unit_starts, strict=True)):
+            start = operator.sites[k]
+            self.scales[n] = self.offset_scale * start.double().square().mean().sqrt().item() / central_rms
+            self.offsets[n].zero_()
+            if not is_unit:
+                self.get_buffer(f"start_{k}").copy_(start)
+
+    @torch.no_grad()
+    def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
+        """Break the symmetry between experts: normal noise on every auxiliary tensor.
+
+        Args:
+            relative_std: Standard deviation relative to the start's root mean square, dimensionless, >= 0.
+            generator: A CPU generator, so that every device draws the same.
+        """
+        for n, (offset, start) in enumerate(zip(self.offsets, self._starts(), strict=True)):
+            std = relative_std * start.double().square().mean().sqrt().item() / self.scales[n].item()
+            offset.add_(torch.randn(offset.shape, generator=generator).to(offset) * std)
+
+    def expert(self, index: int) -> MPO:
+        """The MPO of one expert; differentiable."""
+        sites = [start + self.scales[n] * self.offsets[n][index] for n, start in enumerate(self._starts())]
+        c = self.dims.central
+        return MPO((*sites[:c], self.central, *sites[c:]), self.dims)
+
+    def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
+        """W_e, multiplied out."""
+        return self.expert(index).to_matrix()
+
+    def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
+        """y_t = W_{e(t)} x_t.
+
+        Args:
+            x: Tokens, sorted by expert.
+            counts: Tokens of every expert; they sum to T.
+        """
+        x = x.to(self.central.dtype)
+        if self.dims.is_separable and self.dims.num_sites == 3:
+            return self._apply_separable(x, counts)
+        return _linear_per_expert(x, counts, self.expert_matrix)
+
+    def _apply_separable(self, x: Tensor, counts: list[int]) -> Tensor:
+        """The separable layout: a block product per expert around one dense product for all tokens. Rebuilds nothing.
+
+        Of the three products the middle one is by far the largest, and it is the base model's own.
+        """
+        tokens = x.shape[0]
+        a, o, i, b = self.central.shape
+        x_Tiq = nn.functional.pad(x, (0, self.dims.padded_in - self.dims.in_features)).view(tokens, i, self.dims.padded_in // i)
+        z_Tib = self._per_expert(1, x_Tiq, counts, lambda block_Tiq, end_bq: block_Tiq @ end_bq.T)
+        u_Tao = (z_Tib.reshape(tokens, i * b) @ self.central.reshape(a * o, i * b).T).view(tokens, a, o)
+        y_Tpo = self._per_expert(0, u_Tao, counts, lambda block_Tao, end_pa: end_pa @ block_Tao)
+        return y_Tpo.reshape(tokens, self.dims.padded_out)[:, : self.dims.out_features]
+
+    def _per_expert(
+        self, n: int, x: Tensor, counts: list[int], product: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`product` of each expert's block of x with that expert's n-th auxiliary tensor, a matrix in this layout."""
+        start, shape = self._starts()[n], self.offsets[n].shape
+        size = (shape[2], shape[4]) if n == 0 else (shape[1], shape[3])
+        ends = (self.scales[n].to(x.dtype) * self.offsets[n]).reshape(-1, *size)
+        if not self._unit_starts[n]:
+            ends = ends + start.reshape(size)
+        products = [product(block, end) for block, end in zip(x.split(counts), ends.unbind(0), strict=True) if len(block)]
+        y = torch.cat(products) if products else product(x, ends[0])
+        # Adding x, rather than 1 to the matrix, keeps small offsets that bfloat16 would round away beside a 1.
+        return x + y if self._unit_starts[n] else y
+
+    def _starts(self) -> list[Tensor]:
+        starts = []
+        for k, is_unit in zip(self.dims.auxiliary, self._unit_starts, strict=True):
+            if is_unit:
+                shape = self.dims.site_shapes(self.max_bond_dim)[k]
+                size = shape[3] if k < self.dims.central else shape[0]
+                starts.append(torch.eye(size, dtype=self.central.dtype, device=self.central.device).reshape(shape))
+            else:
+                starts.append(self.get_buffer(f"start_{k}"))
+        return starts
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return (
+            f"{self.dims.out_features}×{self.dims.in_features}, num_experts={self.num_experts}, "
+            f"out_dims={self.dims.out_dims}, in_dims={self.dims.in_dims}, "
+            f"bond_dims={self.dims.bond_dims(self.max_bond_dim)}, gauge={self.gauge!r}"
+        )
+
+
+class DenseExperts(nn.Module):
+    """E whole matrices: the experts of the paper's +MoE and +Switch baselines.
+
+    Args:
+        out_features: Rows, count.
+        in_features: Columns, count.
+        num_experts: E, count.
+    """
+
+    def __init__(self, out_features: int, in_features: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+    @torch.no_grad()
+    def load_matrix(self, matrix: Float[Tensor, "out_features in_features"]) -> None:
+        """Make every expert a copy of the given matrix."""
+        self.weight.copy_(matrix.expand_as(self.weight))
+
+    @torch.no_grad()
+    def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
+        """Normal noise on every expert; arguments as in `MPOExperts.add_noise`."""
+        std = relative_std * self.weight.double().square().mean().sqrt().item()
+        self.weight.add_(torch.randn(self.weight.shape, generator=generator).to(self.weight) * std)
+
+    def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
+        """W_e."""
+        return self.weight[index]
+
+    def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
+        """y_t = W_{e(t)} x_t; arguments as in `MPOExperts.forward`."""
+        # unbind: indexing a stacked parameter in a loop has a backward that fills the whole stack every time
+        return _linear_per_expert(x.to(self.weight.dtype), counts, self.weight.unbind(0).__getitem__)
+
+
+def per_token(
+    experts: MPOExperts | DenseExperts, x: Float[Tensor, "T in_features"], counts: list[int]
+) -> Float[Tensor, "T out_features"]:
+    """The definition of correct: every token by itself, times its expert's matrix multiplied out. Slow.
+
+    Args:
+        experts: Any experts.
+        x: Tokens, sorted by expert.
+        counts: Tokens of every expert.
+    """
+    expert_of_token = [e for e, count in enumerate(counts) for _ in range(count)]
+    return torch.stack([experts.expert_matrix(e) @ token for e, token in zip(expert_of_token, x, strict=True)])
+
+
+def _linear_per_expert(x: Tensor, counts: list[int], matrix: Callable[[int], Tensor]) -> Tensor:
+    """Each expert's block of x times that expert's matrix; experts without tokens cost nothing."""
+    blocks = [nn.functional.linear(block, matrix(e)) for e, block in enumerate(x.split(counts)) if len(block)]
+    return torch.cat(blocks) if blocks else nn.functional.linear(x, matrix(0))
+
+
+def _is_square(shape: tuple[int, int, int, int], is_left: bool) -> bool:
+    """Whether a site tensor is a square matrix seen from the centre."""
+    a, o, i, b = shape
+    return a * o * i == b if is_left else o * i * b == a

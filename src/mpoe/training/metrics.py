@@ -1,0 +1,160 @@
+"""Scores of predictions against targets, as plain floats in [-1, 1].
+
+An answer that could not be parsed (-1 for a class, nan for a score) counts as the worst possible answer to its row: the
+next class after the target, which for two classes is the other one, or the end of the scale farther from the target. So
+a model is never better off for not answering; and it may score below 0 in a correlation.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+UNPARSABLE = -1
+SCALE = (0.0, 5.0)
+
+
+def accuracy(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return the share of rows that are right.
+
+    Args:
+        predictions: Class indices, -1 for an unparsable answer, shape (N,).
+        targets: Class indices, shape (N,).
+
+    Returns:
+        Between 0 and 1.
+
+    Raises:
+        ValueError: If the shapes differ or there are no rows.
+    """
+    predicted, true = _classes(predictions, targets)
+    return float(np.mean(predicted == true))
+
+
+def f1(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return the F1 score of class 1 among two classes.
+
+    Args:
+        predictions: Class indices 0 and 1, -1 for an unparsable answer, shape (N,).
+        targets: Class indices 0 and 1, shape (N,).
+
+    Returns:
+        Between 0 and 1; 0 if no row of class 1 is found.
+
+    Raises:
+        ValueError: If the shapes differ, there are no rows, or a class is neither 0 nor 1.
+    """
+    predicted, true = _classes(predictions, targets)
+    if max(predicted.max(), true.max()) > 1:
+        raise ValueError(f"f1 needs the classes 0 and 1; got class {max(predicted.max(), true.max())}; use accuracy")
+    found = np.sum((predicted == 1) & (true == 1))
+    wrong = np.sum(predicted != true)  # false positives and false negatives
+    return float(2 * found / (2 * found + wrong)) if found else 0.0
+
+
+def matthews(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return Matthews' correlation coefficient; for more than two classes its generalisation R_K.
+
+    Args:
+        predictions: Class indices, -1 for an unparsable answer, shape (N,).
+        targets: Class indices, shape (N,).
+
+    Returns:
+        Between -1 and 1; 0 if all predictions, or all targets, are one class.
+
+    Raises:
+        ValueError: If the shapes differ or there are no rows.
+
+    Source: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004: it is the
+    correlation of the two assignments written as one-hot rows.
+    """
+    predicted, true = _classes(predictions, targets)
+    one_hot = np.eye(max(predicted.max(), true.max()) + 1)
+    return _correlation(one_hot[predicted], one_hot[true])
+
+
+def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return Pearson's correlation coefficient.
+
+    Args:
+        predictions: Scores in 0..5, nan for an unparsable answer, shape (N,).
+        targets: Scores in 0..5, shape (N,).
+
+    Returns:
+        Between -1 and 1; 0 if all predictions, or all targets, are equal.
+
+    Raises:
+        ValueError: If the shapes differ or there are no rows.
+    """
+    return _correlation(*_scores(predictions, targets))
+
+
+def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return Spearman's correlation: Pearson's of the ranks, where ties share the mean rank.
+
+    Args:
+        predictions: Scores in 0..5, nan for an unparsable answer, shape (N,).
+        targets: Scores in 0..5, shape (N,).
+
+    Returns:
+        Between -1 and 1; 0 if all predictions, or all targets, are equal.
+
+    Raises:
+        ValueError: If the shapes differ or there are no rows.
+    """
+    predicted, true = _scores(predictions, targets)
+    return _correlation(rankdata(predicted), rankdata(true))
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+
+
+def compute_metrics(names: Iterable[str], predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
+    """Return several metrics of the same predictions.
+
+    Args:
+        names: Keys of `METRICS`.
+        predictions: As the metrics take them, shape (N,).
+        targets: As the metrics take them, shape (N,).
+
+    Returns:
+        Each metric by its name, in the order of `names`.
+
+    Raises:
+        ValueError: If a name is unknown, the shapes differ or there are no rows.
+    """
+    names = list(names)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"metrics must be among {', '.join(METRICS)}; got {', '.join(unknown)}; correct the name")
+    return {name: METRICS[name](predictions, targets) for name in names}
+
+
+def _classes(predictions: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    predicted, true = _pair(np.asarray(predictions, dtype=np.int64), np.asarray(targets, dtype=np.int64))
+    num_classes = max(2, predicted.max() + 1, true.max() + 1)
+    return np.where(predicted == UNPARSABLE, (true + 1) % num_classes, predicted), true
+
+
+def _scores(predictions: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    predicted, true = _pair(np.asarray(predictions, dtype=np.float64), np.asarray(targets, dtype=np.float64))
+    low, high = SCALE
+    farthest = np.where(true < (low + high) / 2, high, low)
+    return np.where(np.isnan(predicted), farthest, predicted), true
+
+
+def _pair[Array: NDArray](predicted: Array, true: Array) -> tuple[Array, Array]:
+    if predicted.shape != true.shape or true.ndim != 1 or true.size == 0:
+        raise ValueError(
+            f"predictions and targets must both have shape (N,), N >= 1; got {predicted.shape} and {true.shape}; "
+            "pass one prediction for each target"
+        )
+    return predicted, true
+
+
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    # Equal values are looked for before centring: their mean is rounded, and the rest would be noise to correlate.
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    return float(np.clip(np.sum(x * y) / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
