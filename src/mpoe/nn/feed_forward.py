@@ -70,10 +70,9 @@ class MoEFeedForward(nn.Module):
         """Start counting tokens per expert anew."""
         self.tokens_per_expert = None
 
-    @torch.no_grad()
     def _record(self, route: RouterOutput) -> None:
-        # Outside of training nobody adds the loss up, and a kept graph would be kept memory.
-        self.router_output = route if self.training and torch.is_grad_enabled() else None
+        # In evaluation nobody adds the loss up, and a kept graph would be kept memory.
+        self.router_output = route if self.training else None
         counted = self.tokens_per_expert
         if counted is None or counted.device != route.tokens_per_expert.device:
             counted = torch.zeros_like(route.tokens_per_expert)

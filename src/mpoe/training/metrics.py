@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-UNPARSABLE = -1
 SCALE = (0.0, 5.0)
 
 
@@ -131,25 +130,26 @@ def compute_metrics(names: Iterable[str], predictions: ArrayLike, targets: Array
 
 
 def _classes(predictions: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    predicted, true = _pair(np.asarray(predictions, dtype=np.int64), np.asarray(targets, dtype=np.int64))
+    predicted, true = np.asarray(predictions, dtype=np.int64), np.asarray(targets, dtype=np.int64)
+    _require_pairs(predicted, true)
     num_classes = max(2, predicted.max() + 1, true.max() + 1)
-    return np.where(predicted == UNPARSABLE, (true + 1) % num_classes, predicted), true
+    return np.where(predicted < 0, (true + 1) % num_classes, predicted), true
 
 
 def _scores(predictions: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    predicted, true = _pair(np.asarray(predictions, dtype=np.float64), np.asarray(targets, dtype=np.float64))
+    predicted, true = np.asarray(predictions, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    _require_pairs(predicted, true)
     low, high = SCALE
-    farthest = np.where(true < (low + high) / 2, high, low)
-    return np.where(np.isnan(predicted), farthest, predicted), true
+    farther_end = np.where(true < (low + high) / 2, high, low)
+    return np.where(np.isnan(predicted), farther_end, predicted), true
 
 
-def _pair[Array: NDArray](predicted: Array, true: Array) -> tuple[Array, Array]:
+def _require_pairs(predicted: NDArray, true: NDArray) -> None:
     if predicted.shape != true.shape or true.ndim != 1 or true.size == 0:
         raise ValueError(
             f"predictions and targets must both have shape (N,), N >= 1; got {predicted.shape} and {true.shape}; "
             "pass one prediction for each target"
         )
-    return predicted, true
 
 
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -157,4 +157,4 @@ def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    return float(np.clip(np.sum(x * y) / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
+    return float(np.clip(np.sum(x * y) / np.sqrt(np.sum(x * x) * np.sum(y * y)), -1, 1))

@@ -1,0 +1,69 @@
+# make demo | test | check | clean | help. The first of them to run makes .venv; after that none needs the network,
+# but for what `mpoe demo` itself downloads once.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOG := $(VENV)/install.log
+
+# pyright's wrapper asks PyPI for a newer release, and can fetch Node and its own JavaScript. The nodejs wheel and the
+# bundled copy make both needless; should it fetch after all, it does so at set-up, and into .venv.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PYRIGHT_PYTHON_CACHE_DIR := $(CURDIR)/$(VENV)/cache
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
+	@echo "make test    run the tests                                        (ARGS='-k router -x')"
+	@echo "make check   ruff, pyright, import-linter, dependency pins"
+	@echo "make clean   delete .venv, caches and build output; runs/ stays"
+	@echo "The first run makes .venv (some minutes). PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip."
+
+demo: $(READY)
+	@echo "demo: fine-tuning an upcycled T5 (mpoe demo $(ARGS))"
+	@$(BIN)/mpoe demo $(ARGS)
+
+test: $(READY)
+	@echo "test: running pytest $(ARGS)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	@echo "check: ruff check"
+	@$(BIN)/ruff check .
+	@echo "check: ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "check: pyright"
+	@$(BIN)/pyright
+	@echo "check: import-linter"
+	@$(BIN)/lint-imports
+	@echo "check: pip check"
+	@$(BIN)/python -m pip check
+
+clean:
+	@echo "clean: deleting .venv, caches and build output"
+	@rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	@find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last and removed first, so that a set-up cut short starts again from an empty .venv.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] < (3, 14) and \
+	  f"mpoe needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.11 ...")'
+	@if [ -f $@ ]; then \
+	  echo "setup: pyproject.toml or constraints.txt changed, updating $(VENV)"; rm -f $@; \
+	else \
+	  echo "setup: making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "setup: installing mpoe and its dependencies (about 1 GB; takes some minutes; log in $(LOG))"
+	@$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[dev]' >$(LOG) 2>&1 \
+	  || { cat $(LOG) >&2; echo "setup: pip failed, its output is above; run the same command again to retry" >&2; exit 1; }
+	@$(BIN)/pyright --version >>$(LOG) 2>&1 || { cat $(LOG) >&2; echo "setup: pyright does not start" >&2; exit 1; }
+	@touch $@
+	@echo "setup: done"

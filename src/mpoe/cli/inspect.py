@@ -1,0 +1,87 @@
+"""`mpoe inspect`: what a mixture would cost, from a config alone; no weights are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
+
+from mpoe.cli.parsing import parse
+from mpoe.config import MPOEConfig
+from mpoe.models import count_parameters, mixtures
+from mpoe.models.families import T5_SIZES
+from mpoe.models.upcycle import swap_modules
+from mpoe.nn import MPOExperts
+from mpoe.report import parameter_table
+from mpoe.training.arguments import MixtureArguments
+
+
+@dataclass
+class InspectArguments:
+    """Which model."""
+
+    config: str = field(
+        metadata={"help": f"{', '.join(T5_SIZES)}, a folder with a config.json, or a name on the hub."}
+    )
+    num_experts: list[int] = field(default_factory=lambda: [8], metadata={"help": "One column for each."})
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print the parameter table and the site dimensions.
+
+    Args:
+        argv: What follows `mpoe inspect`.
+
+    Raises:
+        ValueError: Wrong input.
+    """
+    description = "Count the parameters of a mixture, without building it."
+    (args, mixture_args), _ = parse("mpoe inspect", description, (InspectArguments, MixtureArguments), argv)
+    config = _read_config(args.config)
+    saved = getattr(config, "quantization_config", None)
+    columns: dict[str, MPOEConfig | None] = {"dense": None}
+    if saved is not None:
+        columns["saved mixture"] = MPOEConfig.from_dict(saved)
+    else:
+        columns |= {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
+    models = {name: _on_meta(config, mixture) for name, mixture in columns.items()}
+    console = Console()
+    console.print(parameter_table({name: count_parameters(m) for name, m in models.items()}, f"{args.config}, millions"))
+    shapes = {}
+    for layer in mixtures(list(models.values())[-1]).values():
+        for experts in filter(None, (layer.up, layer.gate, layer.down)):
+            if isinstance(experts, MPOExperts):
+                shapes[experts.dims] = experts.dims.bond_dims(experts.max_bond_dim)
+    for dims, bonds in shapes.items():
+        note = f" ({dims.note})" if dims.note else ""
+        console.print(
+            f"{dims.out_features}×{dims.in_features}: sites {dims.out_dims} × {dims.in_dims}, bonds {bonds}{note}"
+        )
+
+
+def _read_config(name: str) -> T5Config:
+    if name in T5_SIZES and not Path(name).exists():
+        return T5Config(vocab_size=32128, **T5_SIZES[name])
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"config must be one of {', '.join(T5_SIZES)}, a folder with a config.json or a name on a hub that can be "
+            f"reached; got {name}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _on_meta(config: T5Config, mixture: MPOEConfig | None) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+        if mixture is not None:
+            swap_modules(model, mixture)
+    return model

@@ -1,0 +1,73 @@
+"""The command `mpoe`: finds the command's file, turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
+    "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",
+    "inspect": "count a mixture's parameters without building it: mpoe inspect --config t5-base --num_experts 8 16",
+    "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Command and arguments; None is the process's own.
+
+    Returns:
+        The exit status: 0 done, 2 wrong input, 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mpoe COMMAND [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]\n\ncommands:")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<9} {purpose}")
+        print("\nmpoe COMMAND --help lists a command's flags; mpoe --version prints the version.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(importlib.import_module("mpoe").__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        return _fail(f"unknown command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
+    # Before Transformers is imported: it reads these once.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        _quiet_libraries()
+        importlib.import_module(f"mpoe.cli.{argv[0]}").run(argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("MPOE_DEBUG"):
+            raise
+        return _fail(f"mpoe {argv[0]}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print(f"\nmpoe {argv[0]}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Leave the screen to our own tables, the progress bars and what a user can act on."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.showwarning = lambda message, category, *_: print(f"warning: {message}", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

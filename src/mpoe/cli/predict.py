@@ -1,0 +1,42 @@
+"""`mpoe predict`: a fine-tuned model answers texts given on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer
+
+from mpoe.models import from_pretrained
+from mpoe.training.tasks import get_task
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print one answer a line.
+
+    Args:
+        argv: What follows `mpoe predict`.
+
+    Raises:
+        ValueError: Not a mixture's folder, an unknown task, or a task of several texts.
+    """
+    parser = argparse.ArgumentParser(prog="mpoe predict", description="Let a fine-tuned mixture answer.")
+    parser.add_argument("model", help="folder that mpoe finetune wrote")
+    parser.add_argument("text", nargs="+", help="texts to answer")
+    parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
+    args = parser.parse_args(argv)
+    sources = args.text
+    if args.task is not None:
+        task = get_task(args.task)
+        if len(task.columns) != 1:
+            raise ValueError(
+                f"task {task.name} takes several texts ({', '.join(task.columns)}); leave --task out and write the "
+                f"source yourself, like {task.source(dict.fromkeys(task.columns, '...'))!r}"
+            )
+        sources = [task.source({task.columns[0]: text}) for text in args.text]
+    model = from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    batch = tokenizer(sources, return_tensors="pt", padding=True)
+    answers = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=32), skip_special_tokens=True)
+    for text, answer in zip(args.text, answers, strict=True):
+        print(f"{answer}\t{text}")

@@ -1,0 +1,41 @@
+"""Parameter tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from mpoe.models import ParameterCount
+
+
+def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Parameters, millions") -> Table:
+    """One column a model, one row a part.
+
+    Args:
+        counts: By the name of the column.
+        title: Above the table.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in counts:
+        table.add_column(name, justify="right")
+
+    def row(label: str, attribute: str, style: str = "") -> None:
+        table.add_row(label, *(_millions(getattr(count, attribute)) for count in counts.values()), style=style)
+
+    row("outside of the mixtures", "other")
+    row("central tensors (shared)", "central")
+    row("auxiliary tensors (all experts)", "auxiliary")
+    row("routers", "router")
+    row("total", "total", style="bold")
+    table.add_section()
+    row("trained", "trained")
+    row("met by one token", "active")
+    row("dense model", "dense")
+    row("same mixture, whole experts", "whole_experts")
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.3f}" if 0 < count < 1e6 else f"{count / 1e6:,.1f}"

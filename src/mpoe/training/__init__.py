@@ -1,0 +1,1 @@
+"""Fine-tuning with Transformers' Trainer: arguments, tasks, metrics, the join."""

@@ -1,0 +1,240 @@
+"""The thin join to `transformers.Seq2SeqTrainer`: its loss with the routers' part, its evaluation, two callbacks.
+
+Nothing is subclassed. The Trainer takes a loss function; ours divides by all target tokens of an accumulated batch (T5's
+own loss does not), so a step is the same however it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    TrainerCallback,
+)
+
+from mpoe.config import MPOEConfig
+from mpoe.models import expert_shares, mixtures, reset_usage, take_router_loss
+from mpoe.training.arguments import FinetuneTrainingArguments
+from mpoe.training.metrics import compute_metrics
+from mpoe.training.tasks import Task
+
+IGNORED = -100  # label of padding, as everywhere in Transformers
+DEAD_SHARE = 0.01
+
+
+def sequence_loss(
+    model: PreTrainedModel, label_smoothing: float = 0.0
+) -> Callable[[Any, Tensor, Tensor | int | None], Tensor]:
+    """A `compute_loss_func` for the Trainer: cross-entropy per target token, plus the routers' loss.
+
+    Args:
+        model: The model that is trained; a dense one has no routers' part.
+        label_smoothing: In [0, 1).
+
+    Returns:
+        A function of (output, labels, num_items_in_batch). num_items_in_batch counts the target tokens of all
+        micro-batches of the step; each contributes its share of both losses.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    coef = config.load_balancing_coef if isinstance(config, MPOEConfig) else 0.0
+
+    def loss(output: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        num_targets = (labels != IGNORED).sum()
+        total = torch.nn.functional.cross_entropy(
+            output.logits.flatten(0, 1).float(), labels.flatten(),
+            ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum",
+        )  # fmt: skip
+        num_items = num_targets if num_items_in_batch is None else num_items_in_batch
+        router_loss = take_router_loss(model, coef)
+        if router_loss is not None:
+            total = total + router_loss.to(total.device) * num_targets
+        return total / num_items
+
+    return loss
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    args: FinetuneTrainingArguments,
+    train: Dataset,
+    validation: Dataset,
+    callbacks: list[TrainerCallback],
+) -> Seq2SeqTrainer:
+    """A Seq2SeqTrainer for one text-to-text task, whose metrics are those of the task.
+
+    Args:
+        model: Dense or a mixture.
+        tokenizer: The model's.
+        task: Parses what the model writes.
+        args: All of the Trainer's own.
+        train: Tokenised rows, see `tokenize`.
+        validation: Tokenised rows that `eval_strategy` evaluates on.
+        callbacks: More callbacks.
+    """
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        predicted = parse(task, tokenizer, prediction.predictions)
+        return compute_metrics(task.metrics, predicted, parse(task, tokenizer, prediction.label_ids))
+
+    return Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
+        compute_loss_func=sequence_loss(model, args.label_smoothing_factor),
+        compute_metrics=metrics,
+        callbacks=callbacks,
+    )
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_source_length: int) -> Dataset:
+    """Rows of `source` and `target` text as input_ids, attention_mask and labels.
+
+    Args:
+        rows: Text.
+        tokenizer: The model's.
+        max_source_length: Tokens; longer inputs are cut.
+    """
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch["source"], max_length=max_source_length, truncation=True)
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": tokenizer(text_target=batch["target"])["input_ids"],
+        }
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+
+
+def parse(task: Task, tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What the model wrote, or should have written, as class indices or scores.
+
+    Args:
+        task: Knows the label texts.
+        tokenizer: The model's.
+        tokens: Token ids, padded with -100 or the padding token, shape (N, length).
+    """
+    tokens = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
+    return np.array([task.parse(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)])
+
+
+@dataclass
+class Evaluation:
+    """Predictions on one split, row by row.
+
+    Attributes:
+        predictions: Class indices or scores, as generated, shape (N,).
+        targets: The right ones, shape (N,).
+        target_nll: -log p(target text), nats per row, shape (N,).
+    """
+
+    predictions: NDArray[np.float64]
+    targets: NDArray[np.float64]
+    target_nll: NDArray[np.float64]
+
+    def metrics(self, task: Task) -> dict[str, float]:
+        """The task's metrics, the cross-entropy in nats per row, and the number of rows."""
+        scores = compute_metrics(task.metrics, self.predictions, self.targets)
+        return {**scores, "cross_entropy": float(self.target_nll.mean()), "rows": len(self.targets)}
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """Both splits as one."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Evaluation(*(np.concatenate(pair) for pair in pairs))
+
+
+def evaluate(trainer: Seq2SeqTrainer, rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+    """Generate an answer to every row, and score the right one.
+
+    Args:
+        trainer: From `build_trainer`.
+        rows: Tokenised rows.
+        task: Parses the answers.
+        tokenizer: The model's.
+    """
+    generated = trainer.predict(rows)  # pyright: ignore[reportArgumentType]
+    return Evaluation(
+        predictions=parse(task, tokenizer, generated.predictions),  # pyright: ignore[reportArgumentType]
+        targets=parse(task, tokenizer, generated.label_ids),  # pyright: ignore[reportArgumentType]
+        target_nll=_target_nll(trainer, rows),
+    )
+
+
+@torch.no_grad()
+def _target_nll(trainer: Seq2SeqTrainer, rows: Dataset) -> NDArray[np.float64]:
+    model = trainer.model_wrapped.eval()
+    per_row = []
+    for batch in trainer.get_test_dataloader(rows):  # pyright: ignore[reportArgumentType]
+        batch = trainer._prepare_inputs(batch)
+        logits = model(**batch).logits.float()
+        per_token = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["labels"], ignore_index=IGNORED, reduction="none"
+        )
+        per_row.append(trainer.accelerator.gather_for_metrics(per_token.sum(dim=1)).double().cpu().numpy())
+    return np.concatenate(per_row)
+
+
+@dataclass
+class StepTimer(TrainerCallback):
+    """Wall-clock seconds of every training step, evaluation and saving left out."""
+
+    seconds: list[float] = field(default_factory=list)
+    _started: float = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+    @property
+    def median(self) -> float | None:
+        """Seconds a step; None if no step was run."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+class DeadExpertWarning(TrainerCallback):
+    """Warns at every evaluation and at the end of training when an expert got under 1% of its layer's tokens."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        reset_usage(model)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Called by the Trainer, before it evaluates."""
+        dead = {
+            name: [e for e, share in enumerate(shares) if share < DEAD_SHARE]
+            for name, shares in expert_shares(model).items()
+        }
+        count = sum(len(experts) for experts in dead.values())
+        if count:
+            total = sum(layer.router.num_experts for layer in mixtures(model).values())
+            worst = max(dead, key=lambda name: len(dead[name]))
+            warnings.warn(
+                f"{count} of {total} experts got under {DEAD_SHARE:.0%} of their layer's tokens in epoch "
+                f"{state.epoch:.0f}, most in {worst}: {dead[worst]}. A higher load_balancing_coef, or experts in other "
+                "stacks or layers, would use them",
+                stacklevel=2,
+            )
+        reset_usage(model)

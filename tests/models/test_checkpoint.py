@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import V1_0, V1_1, tiny_batch, tiny_t5
+from transformers import AutoModelForSeq2SeqLM
+
+import mpoe
+from mpoe.models import mixtures
+
+LOAD = """
+import sys, torch, mpoe
+from transformers import AutoModelForSeq2SeqLM
+folder = sys.argv[1]
+batch, logits = torch.load(folder + "/expected.pt")
+for load in (mpoe.from_pretrained, AutoModelForSeq2SeqLM.from_pretrained):
+    with torch.no_grad():
+        assert torch.equal(load(folder)(**batch).logits, logits), load
+"""
+
+
+def trained_model(version=V1_1, **options):
+    """A mixture whose parameters have all moved."""
+    model = mpoe.upcycle(tiny_t5(version), mpoe.MPOEConfig(num_experts=3, expert_noise=0.1, **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    return model.eval()
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        (V1_1, {}),
+        (V1_0, {}),
+        (V1_1, {"layout": "balanced"}),
+        (V1_1, {"gauge": "sqrt", "max_bond_dim": 6, "stacks": ["encoder"]}),
+        (V1_1, {"mpo_layers": ()}),
+    ],
+)
+def test_a_fresh_process_loads_it_bitwise(tmp_path, version, options):
+    model, batch = trained_model(version, **options), tiny_batch()
+    model.save_pretrained(tmp_path)
+    torch.save((batch, logits_of(model, batch)), tmp_path / "expected.pt")
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
+
+
+def test_shards_dtype_and_device_map(tmp_path):
+    model, batch = trained_model(), tiny_batch()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = logits_of(model, batch)
+    assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path, device_map={"": "cpu"}), batch), expected)
+
+
+def test_bfloat16(tmp_path):
+    """Without noise: rounding sends some tokens to another expert, and where all are alike that changes nothing."""
+    model, batch = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3)), tiny_batch()
+    model.save_pretrained(tmp_path)
+    expected = logits_of(model, batch)
+    low = mpoe.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits_of(low, batch).float(), expected, rtol=0.1, atol=0.3)
+
+
+def test_float16_keeps_t5s_down_projection_in_float32(tmp_path):
+    """As Transformers does for the dense T5, which overflows in float16 there."""
+    trained_model().save_pretrained(tmp_path)
+    layer = next(iter(mixtures(mpoe.from_pretrained(tmp_path, dtype=torch.float16)).values()))
+    assert layer.down.central.dtype == torch.float32
+    assert layer.up.central.dtype == torch.float16
+
+
+def test_central_is_written_once(tmp_path):
+    trained_model().save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        central = [name for name in file.keys() if name.endswith("central")]  # noqa: SIM118
+    assert len(central) == 3 * 4
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "mpoe"
+    assert mpoe.MPOEConfig.from_dict(written) == mpoe.MPOEConfig(num_experts=3, expert_noise=0.1)
+
+
+def test_upcycling_while_loading_is_the_same_as_after(tmp_path):
+    dense, batch = tiny_t5(), tiny_batch()
+    dense.save_pretrained(tmp_path)
+    config = mpoe.MPOEConfig(num_experts=3, expert_noise=0.1, seed=5)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=config)
+    assert torch.equal(logits_of(loaded, batch), logits_of(mpoe.upcycle(dense, config), batch))
+
+
+def test_a_loaded_model_is_an_ordinary_model(tmp_path):
+    """Transformers refuses casts of a model marked as quantized; and it must train with the routers' loss."""
+    trained_model().save_pretrained(tmp_path)
+    model = mpoe.from_pretrained(tmp_path)
+    assert not getattr(model, "is_quantized", False)
+    model.double().float().train()
+    batch = tiny_batch()
+    clean = torch.nn.functional.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten())
+    assert model(**batch).loss > clean
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path / "again"), batch), logits_of(model.eval(), batch))
+
+
+def test_what_is_no_mixture_is_refused(tmp_path):
+    tiny_t5().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="names no quant_method 'mpoe'"):
+        mpoe.from_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="must be a folder with a config.json"):
+        mpoe.from_pretrained(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"keys of an MPOEConfig must be among .* got \['num_expert'\]"):
+        mpoe.MPOEConfig.from_dict({"num_expert": 4})

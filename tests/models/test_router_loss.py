@@ -1,0 +1,88 @@
+"""The balance loss reaches the routers the same way in every way to train."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_t5
+
+import mpoe
+from mpoe.models import mixtures, take_router_loss
+
+COEF = 0.5
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    config = mpoe.MPOEConfig(num_experts=4, load_balancing_coef=COEF, expert_noise=0.1, **options)
+    return mpoe.upcycle(tiny_t5(dropout_rate=0.0), config).train()
+
+
+def enable_checkpointing(model, **options):
+    """Under the name that this version of Transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def router_gradients(model):
+    return torch.cat([layer.router.weight.grad.flatten() for layer in mixtures(model).values()])
+
+
+def test_it_is_added_in_training_only():
+    model, batch = make_model(), tiny_batch()
+    trained = model(**batch).loss
+    by_layer = [
+        layer.router(x).load_balancing_loss for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)
+    ]
+    clean = model.eval()(**batch).loss
+    assert trained.item() == pytest.approx(clean.item() + COEF * torch.stack(by_layer).mean().item(), rel=1e-5)
+
+
+def inputs(model, batch):
+    """What each mixture of the model sees."""
+    seen = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+        for layer in mixtures(model).values()
+    ]
+    with torch.no_grad():
+        copy.deepcopy(model).eval() and model.eval()(**batch)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_it_is_taken_once():
+    model, batch = make_model(), tiny_batch()
+    model(**{k: v for k, v in batch.items() if k != "labels"}, decoder_input_ids=batch["labels"])
+    assert take_router_loss(model, COEF) is not None
+    assert take_router_loss(model, COEF) is None
+    model(**batch)
+    assert take_router_loss(model, COEF) is None, "the hook had taken it"
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients():
+    plain, batch = make_model(), tiny_batch()
+    checkpointed = copy.deepcopy(plain)
+    enable_checkpointing(checkpointed, use_reentrant=False)
+    for model in (plain, checkpointed):
+        model(**batch).loss.backward()
+    torch.testing.assert_close(router_gradients(checkpointed), router_gradients(plain))
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = make_model()
+    enable_checkpointing(model, use_reentrant=True)
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(**tiny_batch())
+
+
+def test_a_model_can_be_copied_after_a_step():
+    model, batch = make_model(), tiny_batch()
+    model(**batch).loss.backward()
+    copied = copy.deepcopy(model).eval()
+    torch.testing.assert_close(copied(**batch).logits, model.eval()(**batch).logits)

@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from mpoe import MPOEConfig
+
+
+def test_round_trip_through_json():
+    config = MPOEConfig(num_experts=4, stacks=["encoder"], layers=(0, 2), site_dims={"8x8": [[2, 2, 2], [2, 2, 2]]})
+    assert MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_diff_names_what_is_not_the_default():
+    assert MPOEConfig(num_experts=4).to_diff_dict() == {"num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 0}, "num_experts must be an integer >= 1; got 0"),
+        ({"num_experts": 2.5}, "num_experts must be an integer >= 1; got 2.5"),
+        ({"num_experts": True}, "num_experts must be an integer >= 1; got True"),
+        ({"layout": "diagonal"}, r"layout must be one of \('separable', 'balanced'\); got 'diagonal'"),
+        ({"gauge": "left"}, "gauge must be one of"),
+        ({"max_bond_dim": 0}, "max_bond_dim must be an integer >= 1; got 0"),
+        ({"mpo_layers": ["ffn"]}, "mpo_layers must be a list of"),
+        ({"stacks": []}, "stacks must be a list of"),
+        ({"layers": [-1]}, "layers must be a list of block indices"),
+        ({"offset_scale": 0}, "offset_scale must be > 0; got 0"),
+        ({"expert_noise": -1.0}, "expert_noise must be >= 0; got -1.0"),
+        ({"load_balancing_coef": "much"}, "load_balancing_coef must be >= 0; got 'much'"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        MPOEConfig(**values)

@@ -1,0 +1,61 @@
+"""Tiny random models and tokenizers for tests: real classes, made in milliseconds."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+WORDS = (
+    "0 1 2 3 4 5 . negative positive a the film is good bad not very sentence : cola sst2 stsb sentence1 sentence2 it "
+    "was great awful fun dull one two Review Is this review or ? 0.0 1.0 2.0 3.0 4.0 5.0 2.4 3.8"
+).split()
+V1_0 = {"feed_forward_proj": "relu"}
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def tiny_t5(version=V1_1, **options):
+    """A T5 with random weights of the scale of the real ones, and an untied head in version 1.1."""
+    sizes = {
+        "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64,
+        "decoder_start_token_id": 0, "dropout_rate": 0.0,
+    }  # fmt: skip
+    model = T5ForConditionalGeneration(T5Config(**{**sizes, **version, **options}))
+    model.generation_config.max_length = None
+    if version is V1_1:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+    return model.eval()
+
+
+def tiny_tokenizer():
+    """A whole-word tokenizer whose vocabulary fits `tiny_t5`."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"], model_max_length=128,
+    )  # fmt: skip
+
+
+def tiny_batch(rows=3, length=9, label_length=4, vocab_size=64):
+    """Random inputs with padding, and labels."""
+    input_ids = torch.randint(2, vocab_size, (rows, length))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, -3:] = 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": torch.randint(2, vocab_size, (rows, label_length)),
+    }
+
+
+def write_sentiment(folder, rows=40):
+    """A `--data_dir` with the task `sentiment`, learnable by its words."""
+    (folder / "sentiment").mkdir(parents=True)
+    for name, count in (("train", rows), ("dev", 12)):
+        lines = ["sentence\tlabel"]
+        lines += [f"the film is {'great' if i % 2 else 'awful'}\t{i % 2}" for i in range(count)]
+        (folder / "sentiment" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder

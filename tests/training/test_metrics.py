@@ -1,0 +1,132 @@
+"""The metrics against scikit-learn and scipy, against cases counted by hand, and at the edges where those warn."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from mpoe.training.metrics import METRICS, accuracy, compute_metrics, f1, matthews, pearson, spearman
+
+CLASSIFICATION = [accuracy, f1, matthews]
+REGRESSION = [pearson, spearman]
+
+
+@pytest.mark.parametrize("num_rows", [9, 41, 341])
+@pytest.mark.parametrize(
+    ("metric", "oracle", "num_classes"),
+    [
+        (accuracy, accuracy_score, 2),
+        (accuracy, accuracy_score, 3),
+        (f1, f1_score, 2),
+        (matthews, matthews_corrcoef, 2),
+        (matthews, matthews_corrcoef, 3),
+        (matthews, matthews_corrcoef, 5),
+    ],
+)
+def test_classification_equals_sklearn(metric, oracle, num_classes, num_rows):
+    rng = np.random.default_rng(num_rows)
+    targets = rng.integers(num_classes, size=num_rows)
+    predictions = np.where(rng.random(num_rows) < 0.6, targets, rng.integers(num_classes, size=num_rows))
+    assert metric(predictions, targets) == pytest.approx(oracle(targets, predictions), abs=1e-12)
+
+
+@pytest.mark.parametrize("num_rows", [3, 41, 341])
+@pytest.mark.parametrize(("metric", "oracle"), [(pearson, pearsonr), (spearman, spearmanr)])
+def test_correlation_equals_scipy(metric, oracle, num_rows):
+    rng = np.random.default_rng(num_rows)
+    targets = np.round(rng.uniform(0, 5, num_rows), 1)
+    predictions = np.round(np.clip(targets + rng.normal(size=num_rows), 0, 5) * 5) / 5  # with ties
+    assert metric(predictions, targets) == pytest.approx(oracle(predictions, targets).statistic, abs=1e-12)
+
+
+def test_cases_counted_by_hand():
+    predictions, targets = [1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]  # TP 3, FP 1, FN 1, TN 1
+    assert accuracy(predictions, targets) == pytest.approx(4 / 6)
+    assert f1(predictions, targets) == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert matthews(predictions, targets) == pytest.approx((3 * 1 - 1 * 1) / math.sqrt(4 * 4 * 2 * 2))
+    assert pearson([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    assert spearman([0, 1, 4], [0, 0.1, 5]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("metric", [accuracy, f1, matthews, pearson, spearman])
+def test_perfect_answers_score_exactly_one(metric):
+    score = metric([0, 1, 1, 0, 1], [0, 1, 1, 0, 1])
+    assert type(score) is float
+    assert score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "targets"),
+    [
+        (f1, [0, 0, 0], [1, 0, 1]),
+        (f1, [0, 0, 0], [0, 0, 0]),
+        (matthews, [1, 1, 1], [1, 0, 1]),
+        (matthews, [0, 0, 0], [0, 0, 0]),
+        (matthews, [1, 0, 1], [1, 1, 1]),
+        (matthews, [1], [1]),
+        (pearson, [0.1, 0.1, 0.1], [1.0, 2.0, 3.0]),  # the mean of three 0.1 is not 0.1
+        (pearson, [1.0, 2.0, 3.0], [0.1, 0.1, 0.1]),
+        (pearson, [2.0], [2.0]),
+        (spearman, [0.1, 0.1, 0.1], [1.0, 2.0, 3.0]),
+    ],
+)
+def test_constant_answers_score_zero(metric, predictions, targets):
+    assert metric(predictions, targets) == 0.0
+
+
+@pytest.mark.parametrize("metric", CLASSIFICATION)
+def test_unparsable_class_counts_as_the_wrong_one_of_two(metric):
+    targets = [1, 1, 0, 0, 1, 0, 1]
+    unparsable = [1, -1, -1, 0, 1, 0, 0]
+    wrong = [1, 0, 1, 0, 1, 0, 0]
+    assert metric(unparsable, targets) == metric(wrong, targets)
+
+
+@pytest.mark.parametrize("metric", [accuracy, matthews])
+def test_unparsable_class_of_three_is_never_worth_more_than_the_right_one(metric):
+    targets = np.array([0, 1, 2, 2, 1, 0, 1])
+    answers = np.array([0, 1, 2, 1, 1, 0, 2])
+    for row in np.flatnonzero(answers == targets):
+        unparsable = answers.copy()
+        unparsable[row] = -1
+        assert metric(unparsable, targets) < metric(answers, targets)
+
+
+def test_nothing_parsable_does_not_pay():
+    targets = [1, 1, 0, 0, 1]
+    assert accuracy([-1] * 5, targets) == 0
+    assert f1([-1] * 5, targets) == 0
+    assert matthews([-1] * 5, targets) == pytest.approx(-1)
+    assert matthews([-1] * 4, [0, 1, 2, 2]) < 0
+    assert pearson([math.nan] * 4, [0, 1, 4, 5]) < 0
+    assert spearman([math.nan] * 4, [0, 1, 4, 5]) < 0
+
+
+@pytest.mark.parametrize("metric", REGRESSION)
+def test_unparsable_score_counts_as_the_farther_end_of_the_scale(metric):
+    targets = [0.4, 2.4, 2.6, 4.8, 3.0]
+    assert metric([math.nan, math.nan, math.nan, math.nan, 3.0], targets) == metric([5, 5, 0, 0, 3], targets)
+
+
+def test_compute_metrics_keeps_the_order_of_the_names():
+    result = compute_metrics(["f1", "accuracy"], [1, 0, 1], [1, 1, 1])
+    assert list(result.items()) == [("f1", pytest.approx(0.8)), ("accuracy", pytest.approx(2 / 3))]
+    assert set(METRICS) == {"accuracy", "f1", "matthews", "pearson", "spearman"}
+
+
+@pytest.mark.parametrize(
+    ("names", "predictions", "targets", "message"),
+    [
+        (["accuracy", "rouge"], [1], [1], "metrics must be among accuracy, f1.*got rouge"),
+        (["accuracy"], [1, 0], [1], r"shape \(N,\).*got \(2,\) and \(1,\)"),
+        (["pearson"], [], [], r"N >= 1; got \(0,\)"),
+        (["matthews"], [[1]], [[1]], r"shape \(N,\)"),
+        (["f1"], [2, 1], [1, 1], "f1 needs the classes 0 and 1; got class 2"),
+    ],
+)
+def test_bad_input_is_one_line(names, predictions, targets, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        compute_metrics(names, predictions, targets)
+    assert "\n" not in str(caught.value)
