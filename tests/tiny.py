@@ -2,11 +2,12 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 WORDS = (
     "0 1 2 3 4 5 . negative positive a the film is good bad not very sentence : cola sst2 stsb sentence1 sentence2 it "
-    "was great awful fun dull one two Review Is this review or ? 0.0 1.0 2.0 3.0 4.0 5.0 2.4 3.8"
+    "was great awful fun dull one two sentiment sentence: 0.0 1.0 2.0 3.0 4.0 5.0 2.4 3.8"
 ).split()
 V1_0 = {"feed_forward_proj": "relu"}
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -30,8 +31,6 @@ def tiny_tokenizer():
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    from tokenizers.processors import TemplateProcessing
-
     backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",

@@ -107,7 +107,9 @@ class MPOEConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known - {"quant_method"})
         if unknown:
-            raise ValueError(f"keys of an MPOEConfig must be among {sorted(known)}; got {unknown}; remove or rename them")
+            raise ValueError(
+                f"keys of an MPOEConfig must be among {sorted(known)}; got {unknown}; remove or rename them"
+            )
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_diff_dict(self) -> dict[str, Any]:

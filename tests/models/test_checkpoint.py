@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
 from transformers import AutoModelForSeq2SeqLM
 
 import mpoe
 from mpoe.models import mixtures
+from tiny import V1_0, V1_1, tiny_batch, tiny_t5
 
 LOAD = """
 import sys, torch, mpoe

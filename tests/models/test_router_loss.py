@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_t5
 
 import mpoe
 from mpoe.models import mixtures, take_router_loss
+from tiny import tiny_batch, tiny_t5
 
 COEF = 0.5
 
@@ -34,7 +34,8 @@ def test_it_is_added_in_training_only():
     model, batch = make_model(), tiny_batch()
     trained = model(**batch).loss
     by_layer = [
-        layer.router(x).load_balancing_loss for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)
+        layer.router(x).load_balancing_loss
+        for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)
     ]
     clean = model.eval()(**batch).loss
     assert trained.item() == pytest.approx(clean.item() + COEF * torch.stack(by_layer).mean().item(), rel=1e-5)

@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
 from transformers import BertConfig, BertModel, T5EncoderModel
 
 import mpoe
 from mpoe.models import count_parameters, expert_shares, mixtures, reset_usage
 from mpoe.mpo import decompose
+from tiny import V1_0, V1_1, tiny_batch, tiny_t5
 
 VERSIONS = pytest.mark.parametrize("version", [V1_0, V1_1], ids=["v1.0", "v1.1"])
 LAYOUTS = pytest.mark.parametrize("layout", ["separable", "balanced"])

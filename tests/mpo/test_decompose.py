@@ -122,7 +122,9 @@ def test_two_sites_are_as_good_as_svd(gauge, max_bond_dim):
     dims = SiteDims((24, 1, 1), (1, 40, 1), 24, 40)
     singular_values = torch.linalg.svdvals(matrix)
     best = singular_values[max_bond_dim:].norm() / singular_values.norm()
-    assert truncation_error(decompose(matrix, dims, max_bond_dim, gauge), matrix) == pytest.approx(best.item(), rel=1e-9)
+    assert truncation_error(decompose(matrix, dims, max_bond_dim, gauge), matrix) == pytest.approx(
+        best.item(), rel=1e-9
+    )
 
 
 def test_gauges_are_what_they_say():

@@ -105,5 +105,7 @@ def test_noise_is_relative_to_the_start(gauge):
 
 
 def test_the_central_tensor_is_one_parameter_without_an_expert_axis():
-    names = {name: tuple(p.shape) for name, p in MPOExperts(site_dims(96, 64, layout="separable"), 5).named_parameters()}
+    names = {
+        name: tuple(p.shape) for name, p in MPOExperts(site_dims(96, 64, layout="separable"), 5).named_parameters()
+    }
     assert names == {"central": (16, 6, 2, 32), "offsets.0": (5, 1, 16, 1, 16), "offsets.1": (5, 32, 1, 32, 1)}

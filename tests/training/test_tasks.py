@@ -12,7 +12,7 @@ from mpoe.training import tasks
 from mpoe.training.metrics import METRICS
 from mpoe.training.tasks import TASKS, get_task, load_task
 
-GLUE = Path(os.environ.get("MPOE_GLUE_DIR", Path(__file__).parents[3] / "shared/data/glue"))
+GLUE = Path(os.environ.get("MPOE_GLUE_DIR", "data/glue"))
 SPLITS = ("train", "validation", "test", "dev")
 
 HEADERS = {
@@ -39,9 +39,7 @@ EXAMPLES = {
     "qnli": (["0", "Who?", "Me.", "not_entailment"], "qnli question: Who? sentence: Me.", "1"),
     "rte": (["0", "A.", "B.", "entailment"], "rte sentence1: A. sentence2: B.", "0"),
     "wnli": (["0", "A.", "B.", "1"], "wnli sentence1: A. sentence2: B.", "1"),
-    "sentiment": (["Fine.", "1"],
-                  "Movie review: Fine.\nHow would you describe the sentiment of this review?\n"
-                  "OPTIONS:\n- negative\n- positive", "positive"),
+    "sentiment": (["Fine.", "1"], "sentiment sentence: Fine.", "positive"),
 }  # fmt: skip
 
 

@@ -65,12 +65,12 @@ def run_with(
     else:
         if folder.checkpoint is not None:
             console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
-        kind = f"{len(mixtures(model))} feed-forward layers with {model_args.num_experts} experts" if config else "dense"
+        kind = (
+            f"{len(mixtures(model))} feed-forward layers with {model_args.num_experts} experts" if config else "dense"
+        )
         rows = f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test"
         console.print(f"{model_args.model_name_or_path}: {kind}. Task {task.name}: {rows} rows.")
-        result = finetune(
-            model, tokenizer, task, data, args, folder, data_args.max_source_length, data_args.n_train
-        )
+        result = finetune(model, tokenizer, task, data, args, folder, data_args.max_source_length, data_args.n_train)
     console.print(parameter_table({args.output_dir: result.parameters}))
     if result.expert_shares:
         console.print(usage_table(result.expert_shares))

@@ -25,9 +25,7 @@ from mpoe.training.arguments import MixtureArguments
 class InspectArguments:
     """Which model."""
 
-    config: str = field(
-        metadata={"help": f"{', '.join(T5_SIZES)}, a folder with a config.json, or a name on the hub."}
-    )
+    config: str = field(metadata={"help": f"{', '.join(T5_SIZES)}, a folder with a config.json, or a name on the hub."})
     num_experts: list[int] = field(default_factory=lambda: [8], metadata={"help": "One column for each."})
 
 
@@ -51,7 +49,9 @@ def run(argv: Sequence[str]) -> None:
         columns |= {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
     models = {name: _on_meta(config, mixture) for name, mixture in columns.items()}
     console = Console()
-    console.print(parameter_table({name: count_parameters(m) for name, m in models.items()}, f"{args.config}, millions"))
+    console.print(
+        parameter_table({name: count_parameters(m) for name, m in models.items()}, f"{args.config}, millions")
+    )
     shapes = {}
     for layer in mixtures(list(models.values())[-1]).values():
         for experts in filter(None, (layer.up, layer.gate, layer.down)):

@@ -101,9 +101,7 @@ def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) ->
     ]
 
 
-def _matches(
-    model: nn.Module, rows: tuple[FeedForwardNames, ...]
-) -> Iterator[tuple[FoundFeedForward, re.Match[str]]]:
+def _matches(model: nn.Module, rows: tuple[FeedForwardNames, ...]) -> Iterator[tuple[FoundFeedForward, re.Match[str]]]:
     for name, module in model.named_modules():
         for names in rows:
             place = re.search(names.path, name)

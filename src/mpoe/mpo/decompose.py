@@ -128,7 +128,7 @@ def _outer_bonds(dims: SiteDims) -> tuple[int, ...]:
 
 
 def _split_rows(matrix: Tensor, bond: int, keep_basis: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """matrix (p, q) = isometry (p, bond) @ rest (bond, q), the best such for its bond, and its singular values."""
+    """Matrix (p, q) = isometry (p, bond) @ rest (bond, q), the best such for its bond, and its singular values."""
     if keep_basis and bond == matrix.shape[0]:
         unit = torch.eye(bond, dtype=matrix.dtype, device=matrix.device)
         return unit, torch.ones(bond, dtype=matrix.dtype, device=matrix.device), matrix

@@ -77,9 +77,7 @@ class SwitchRouter(nn.Module):
         )
 
 
-def load_balancing_loss(
-    probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"]
-) -> Float[Tensor, ""]:
+def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:
     """E · Σ_e f_e P_e with f_e the share of tokens sent to expert e and P_e its mean probability.
 
     Args:

@@ -146,11 +146,13 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Order of the rows: random, sequential, group_by_length."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Score labels by generating them."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to log to."})
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -52,9 +52,7 @@ class FinetuneResult:
         return cls(**{**values, "parameters": ParameterCount(**values["parameters"])})
 
 
-def load_model(
-    arguments: ModelArguments, config: MPOEConfig | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(arguments: ModelArguments, config: MPOEConfig | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and upcycle it if it is to be a mixture and is dense.
 
     Args:

@@ -6,10 +6,12 @@ a model is never better off for not answering; and it may score below 0 in a cor
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 SCALE = (0.0, 5.0)
 
@@ -28,7 +30,7 @@ def accuracy(predictions: ArrayLike, targets: ArrayLike) -> float:
         ValueError: If the shapes differ or there are no rows.
     """
     predicted, true = _classes(predictions, targets)
-    return float(np.mean(predicted == true))
+    return float(accuracy_score(true, predicted))
 
 
 def f1(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -47,9 +49,7 @@ def f1(predictions: ArrayLike, targets: ArrayLike) -> float:
     predicted, true = _classes(predictions, targets)
     if max(predicted.max(), true.max()) > 1:
         raise ValueError(f"f1 needs the classes 0 and 1; got class {max(predicted.max(), true.max())}; use accuracy")
-    found = np.sum((predicted == 1) & (true == 1))
-    wrong = np.sum(predicted != true)  # false positives and false negatives
-    return float(2 * found / (2 * found + wrong)) if found else 0.0
+    return float(f1_score(true, predicted, zero_division=0.0))
 
 
 def matthews(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -65,12 +65,10 @@ def matthews(predictions: ArrayLike, targets: ArrayLike) -> float:
     Raises:
         ValueError: If the shapes differ or there are no rows.
 
-    Source: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004: it is the
-    correlation of the two assignments written as one-hot rows.
+    Source: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
     """
     predicted, true = _classes(predictions, targets)
-    one_hot = np.eye(max(predicted.max(), true.max()) + 1)
-    return _correlation(one_hot[predicted], one_hot[true])
+    return 0.0 if _is_constant(predicted, true) else float(matthews_corrcoef(true, predicted))
 
 
 def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -86,7 +84,8 @@ def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
     Raises:
         ValueError: If the shapes differ or there are no rows.
     """
-    return _correlation(*_scores(predictions, targets))
+    predicted, true = _scores(predictions, targets)
+    return 0.0 if _is_constant(predicted, true) else float(pearsonr(predicted, true).statistic)
 
 
 def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -103,7 +102,7 @@ def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
         ValueError: If the shapes differ or there are no rows.
     """
     predicted, true = _scores(predictions, targets)
-    return _correlation(rankdata(predicted), rankdata(true))
+    return 0.0 if _is_constant(predicted, true) else float(spearmanr(predicted, true).statistic)
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
@@ -152,9 +151,6 @@ def _require_pairs(predicted: NDArray, true: NDArray) -> None:
         )
 
 
-def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    # Equal values are looked for before centring: their mean is rounded, and the rest would be noise to correlate.
-    if (x == x[0]).all() or (y == y[0]).all():
-        return 0.0
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    return float(np.clip(np.sum(x * y) / np.sqrt(np.sum(x * x) * np.sum(y * y)), -1, 1))
+def _is_constant(predicted: NDArray[Any], true: NDArray[Any]) -> bool:
+    """Whether a correlation is undefined, which counts as none."""
+    return bool((predicted == predicted[0]).all() or (true == true[0]).all())

@@ -66,7 +66,9 @@ class RunFolder:
         if earlier != arguments:
             different = sorted(k for k in {*earlier, *arguments} if earlier.get(k) != arguments.get(k))
             changes = ", ".join(f"{k}: {earlier.get(k, '-')} there, {arguments.get(k, '-')} now" for k in different)
-            raise ValueError(f"output_dir {path} holds another run ({changes}); name another folder, or repeat that run")
+            raise ValueError(
+                f"output_dir {path} holds another run ({changes}); name another folder, or repeat that run"
+            )
         results = _read_json(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
         return cls(path, last_checkpoint(path), results)
 

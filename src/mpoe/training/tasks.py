@@ -157,9 +157,7 @@ TASKS: dict[str, Task] = {
         Task("wnli", "WNLI", "wnli sentence1: {sentence1} sentence2: {sentence2}", ("accuracy",), is_small=True),
         Task(
             # Worded as FLAN words it: of fifteen prompts the one that a FLAN-T5 answers best without fine-tuning.
-            "sentiment", "sentiment",
-            "Movie review: {sentence}\nHow would you describe the sentiment of this review?\n"
-            "OPTIONS:\n- negative\n- positive",
+            "sentiment", "sentiment", "sentiment sentence: {sentence}",
             ("accuracy",), labels=("negative", "positive"), on_hub=False,
         ),
     )

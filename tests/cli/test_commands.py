@@ -1,0 +1,260 @@
+"""The commands as a user types them, on a tiny model and a tiny task."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import mpoe
+from mpoe.cli import finetune
+from mpoe.cli.main import main
+from mpoe.models import mixtures
+from tiny import tiny_t5, tiny_tokenizer, write_sentiment
+
+# Two experts and a dozen tokens: one of them goes hungry.
+pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
+
+
+@pytest.fixture
+def ground(tmp_path, monkeypatch):
+    """A folder with a model and data."""
+    monkeypatch.chdir(tmp_path)
+    tiny_t5().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    write_sentiment(tmp_path / "data")
+    return tmp_path
+
+
+FLAGS = (
+    "--model_name_or_path model --task sentiment --data_dir data --output_dir run --num_experts 2 --use_cpu "
+    "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --disable_tqdm True --logging_steps 2"
+).split()
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finetune_writes_everything_and_predict_reads_it(ground, capsys):
+    assert main(["finetune", *FLAGS]) == 0
+    printed = capsys.readouterr().out
+    for text in ("central tensors (shared)", "Share of tokens per expert", "sentiment after 4 steps", "cross entropy"):
+        assert text in printed
+    results = json.loads((ground / "run" / "results.json").read_text())
+    assert results["metrics"]["test"]["rows"] == 12
+    assert results["metrics"]["dev"] == results["metrics"]["test"]
+    assert results["steps"] == 4
+    assert len(results["expert_shares"]) == 4
+    assert results["seconds_per_step"] > 0
+    assert len(mixtures(mpoe.from_pretrained("run"))) == 4
+
+    assert main(["predict", "run", "--task", "sentiment", "the film is great", "the film is awful"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["the film is great", "the film is awful"]
+
+
+def test_the_same_command_again_finds_a_finished_run(ground, capsys):
+    assert main(["finetune", *FLAGS]) == 0
+    before = files(ground)
+    capsys.readouterr()
+    assert main(["finetune", *FLAGS]) == 0
+    printed = capsys.readouterr().out
+    assert "Found a finished run" in printed
+    assert "sentiment after 4 steps" in printed
+    assert files(ground) == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(ground, capsys, monkeypatch):
+    assert main(["finetune", *FLAGS]) == 0
+    unbroken = files(ground / "run")
+    shutil.rmtree(ground / "run")
+
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    from mpoe.training import finetune as training
+
+    original = training.build_trainer
+
+    def interrupted(*args):
+        trainer = original(*args)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(training, "build_trainer", interrupted)
+    assert main(["finetune", *FLAGS]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(ground)
+    assert main(["finetune", *FLAGS]) == 0
+    assert "resuming from run/checkpoint-2" in capsys.readouterr().out
+    weights = next(name for name in unbroken if name.name == "model.safetensors")
+    assert (ground / "run" / weights).read_bytes() == unbroken[weights]
+
+
+def test_config_file_and_flags(ground):
+    values = {
+        "model_name_or_path": "model", "task": "sentiment", "data_dir": "data", "num_experts": 2, "max_steps": 2,
+        "learning_rate": "1e-4", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "output_dir": "run",
+        "site_dims": {"64x32": [[16, 4, 1], [1, 4, 8]]},
+    }  # fmt: skip
+    (ground / "run.yaml").write_text(yaml.safe_dump(values))
+    (ground / "run.json").write_text(json.dumps(values))
+    from_yaml = finetune.run(["run.yaml", "--num_experts", "3", "--output_dir", "a"])
+    from_json = finetune.run(["run.json", "--num_experts", "3", "--output_dir", "b"])
+    assert from_yaml.metrics == from_json.metrics
+    assert from_yaml.parameters == from_json.parameters
+    layer = next(iter(mixtures(mpoe.from_pretrained("a")).values()))
+    assert layer.router.num_experts == 3
+    assert layer.up.dims.out_dims == (16, 4, 1)
+    assert torch.load("a/training_args.bin", weights_only=False).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        (["--mpo_layers", "nompo"], 4),
+        (["--layout", "balanced", "--linear_trunc", "6", "--expert_noise", "0.01"], 4),
+        (["--stacks", "encoder", "--layers", "1", "--max_auxiliary_bond", "8", "--is_scale_prob"], 1),
+        (["--moe_type", "none", "--mpo_layers", "nompo", "--freeze_embeds", "--dropout", "0.0"], 0),
+        (["--gradient_accumulation_steps", "2", "--label_smoothing_factor", "0.1", "--n_train", "10"], 4),
+    ],
+)
+def test_flags_reach_the_model(ground, flags, count):
+    assert main(["finetune", *FLAGS, "--max_steps", "1", "--save_strategy", "no", *flags]) == 0
+    loaded = mpoe.from_pretrained("run") if count else None
+    assert count == 0 or len(mixtures(loaded)) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "colour"], "task must be one of cola"),
+        (["--data_dir", "nowhere"], "data_dir must be a folder; nowhere"),
+        (["--num_experts", "0"], "num_experts must be an integer >= 1; got 0"),
+        (["--num_experts", "two"], "argument --num_experts/--num-experts: invalid int value: 'two'"),
+        (["--mpo_layers", "ffn"], "mpo_layers must be a list of ('mlp',)"),
+        (["--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
+        (["--moe_type", "none"], "mpo_layers must be nompo; got 'mlp'"),
+        (["--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),
+        (["--site_dims", "[1]"], "site_dims must be a JSON object"),
+        (["--site_dims", "{"], "site_dims must be a JSON object"),
+        (["--layers", "one"], "layers must be a comma list of integers; got 'one'"),
+        (["--layers", "9"], "layers must be among the model's 0..1; got [9]"),
+        (["--model_name_or_path", "data"], "must be a folder with a config.json; data has none"),
+        (["--model_name_or_path", "no/such-model"], "or a name on a hub that can be reached; got no/such-model"),
+        (["--max_source_length", "0"], "max_source_length must be >= 1; got 0"),
+        (["--expert_noize", "1"], "unknown arguments ['--expert_noize', '1']"),
+        (["--output_dir", "model"], "holds other files and no run.json"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags, message):
+    before = files(ground)
+    assert main(["finetune", *FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert files(ground) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("expert_count: 8\n", "unknown config keys ['expert_count']"),
+        ("- 8\n", "must hold flags and their values, as a mapping; got list"),
+        ("task: [", "must be a readable yaml file"),
+        ("task: sentiment\n", "the following arguments are required"),
+        (
+            "num_experts: 0\nmodel_name_or_path: model\ntask: sentiment\noutput_dir: run\ndata_dir: data\n",
+            "num_experts",
+        ),
+    ],
+)
+def test_bad_config_files(ground, capsys, text, message):
+    (ground / "run.yaml").write_text(text)
+    before = files(ground)
+    assert main(["finetune", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert files(ground) == before
+
+
+def test_another_runs_folder_is_left_alone(ground, capsys):
+    assert main(["finetune", *FLAGS]) == 0
+    before = files(ground)
+    assert main(["finetune", *FLAGS, "--learning_rate", "0.5"]) == 2
+    assert "holds another run (learning_rate: - there, 0.5 now)" in capsys.readouterr().err
+    assert files(ground) == before
+
+
+def test_a_bad_line_in_the_data_is_named(ground, capsys):
+    with (ground / "data/sentiment/train.tsv").open("a") as file:
+        file.write("a film without a label\n")
+    assert main(["finetune", *FLAGS]) == 2
+    assert "train.tsv:42: a line must have 2 tab-separated columns; got 1" in capsys.readouterr().err
+    assert not (ground / "run").exists()
+
+
+def test_inspect_counts_t5_base_without_building_it(capsys):
+    assert main(["inspect", "--config", "t5-base", "--num_experts", "4", "8", "16"]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert [cell.strip() for cell in total.strip("│ ").split("│")] == ["total", "222.9", "258.4", "293.8", "364.8"]
+
+
+def test_inspect_reads_a_saved_mixture(ground, capsys):
+    mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=2)).save_pretrained("mixture")
+    assert main(["inspect", "--config", "mixture"]) == 0
+    assert "saved mixture" in capsys.readouterr().out
+    assert main(["inspect", "--config", "nothing/there"]) == 2
+    assert "config must be one of t5-small" in capsys.readouterr().err
+
+
+def test_predict_refuses_what_it_cannot_do(ground, capsys):
+    assert main(["predict", "model", "a text"]) == 2
+    assert "names no quant_method 'mpoe'" in capsys.readouterr().err
+    assert main(["predict", "model", "--task", "mrpc", "a text"]) == 2
+    assert "task mrpc takes several texts (sentence1, sentence2)" in capsys.readouterr().err
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "finetune" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == mpoe.__version__
+    assert main(["fintune"]) == 2
+    assert "unknown command 'fintune'; commands are demo, finetune, inspect, predict" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["finetune", "--help"])
+    assert "--max_auxiliary_bond" in capsys.readouterr().out
+
+
+def test_demo_end_to_end(ground, capfd):
+    """With its own flags for weights and data, so that nothing is downloaded; the last step is a real new process."""
+    flags = "--model_name_or_path model --data_dir data --output_dir demo --num_experts 2 --max_steps 2 --batch_size 4"
+    assert main(["demo", "--compare", *flags.split()]) == 0
+    printed = capfd.readouterr().out
+    for text in ("What this does", "before fine-tuning", "whole experts", "Share of tokens", "in a new process"):
+        assert text in printed
+    assert printed.count("A warm and witty film") == 1
+    assert main(["demo", *flags.split()]) == 0
+    assert "Found a finished run in demo/mpoe" in capfd.readouterr().out
+    assert main(["demo", "--num_experts", "0"]) == 2
+    assert main(["demo", "--max_steps", "0"]) == 2
+
+
+def test_the_installed_command(ground):
+    done = subprocess.run(
+        [sys.executable, "-m", "mpoe.cli.main", "inspect", "--config", "model"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 experts" in done.stdout
