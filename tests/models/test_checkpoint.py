@@ -114,7 +114,7 @@ def test_what_is_no_mixture_is_refused(tmp_path):
     tiny_t5().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="names no quant_method 'mpoe'"):
         mpoe.from_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="must be a folder with a config.json"):
+    with pytest.raises(ValueError, match=r"must be a folder with a config\.json"):
         mpoe.from_pretrained(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"keys of an MPOEConfig must be among .* got \['num_expert'\]"):
         mpoe.MPOEConfig.from_dict({"num_expert": 4})

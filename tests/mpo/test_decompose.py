@@ -88,7 +88,7 @@ def test_padding_is_never_seen(size):
 
 @pytest.mark.parametrize("max_bond_dim", [1, 2, 3, 5, 8, 13])
 def test_truncation_agrees_with_tensorly(max_bond_dim):
-    """Tensorly truncates left to right and we towards the centre, so only the errors are alike, and the exact case equal."""
+    """Tensorly truncates left to right and we towards the centre: the errors are alike, the exact case is equal."""
     out_dims, in_dims = (2, 3, 4), (3, 2, 4)
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(24, 24)) @ np.diag(0.7 ** np.arange(24))

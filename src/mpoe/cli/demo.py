@@ -56,8 +56,8 @@ def run(argv: Sequence[str]) -> None:
     console.print(
         f"[bold]What this does[/bold]\n"
         f"1. load {model_dir}\n"
-        f"2. turn its encoder's feed-forward layers into mixtures of {args.num_experts} experts that share their central "
-        f"tensors\n"
+        f"2. turn its encoder's feed-forward layers into mixtures of {args.num_experts} experts that share their "
+        f"central tensors\n"
         f"3. fine-tune it for {args.max_steps} steps of {args.batch_size} rows on task {task.name} "
         f"({len(data.train):,} rows), and test it on {len(data.test):,} held-out rows\n"
         f"4. save it to {args.output_dir}, load it in a new process and label three sentences\n"

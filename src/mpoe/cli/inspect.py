@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, T5Config
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
@@ -64,9 +64,9 @@ def run(argv: Sequence[str]) -> None:
         )
 
 
-def _read_config(name: str) -> T5Config:
+def _read_config(name: str) -> PreTrainedConfig:
     if name in T5_SIZES and not Path(name).exists():
-        return T5Config(vocab_size=32128, **T5_SIZES[name])
+        return T5Config.from_dict({"vocab_size": 32128, **T5_SIZES[name]})
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -76,10 +76,10 @@ def _read_config(name: str) -> T5Config:
         ) from error
 
 
-def _on_meta(config: T5Config, mixture: MPOEConfig | None) -> PreTrainedModel:
+def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config)
         if mixture is not None:

@@ -1,4 +1,4 @@
-"""Flags and config files through the same dataclasses: `mpoe <command> [config.yaml|json] [--flags]`, flags over file."""
+"""Flags and config files through the same dataclasses: `mpoe COMMAND [config.yaml|json] [--flags]`, flags over file."""
 
 from __future__ import annotations
 

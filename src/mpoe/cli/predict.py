@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any, cast
 
 from transformers import AutoTokenizer
 
@@ -37,6 +38,7 @@ def run(argv: Sequence[str]) -> None:
     model = from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     batch = tokenizer(sources, return_tensors="pt", padding=True)
-    answers = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=32), skip_special_tokens=True)
+    generated = cast(Any, model).generate(**batch, max_new_tokens=32)
+    answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
     for text, answer in zip(args.text, answers, strict=True):
         print(f"{answer}\t{text}")

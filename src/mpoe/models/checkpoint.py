@@ -8,11 +8,12 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpoe.config import MPOEConfig
@@ -34,24 +35,28 @@ class MPOEQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
-            swap_modules(model, self.quantization_config)
+            swap_modules(model, cast(MPOEConfig, self.quantization_config))
+        return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = cast(MPOEConfig, self.quantization_config)
         # A model marked as quantized refuses .float(), .half() and casts. This one holds ordinary weights.
         self.remove_quantization_config(model)
         if not self.pre_quantized:
             upcycle(model, config)
         model.config.quantization_config = config
         _align(model)
+        return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether `save_pretrained` may write the model."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the Trainer may train it."""
         return True
 
 

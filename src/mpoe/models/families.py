@@ -49,7 +49,7 @@ T5_SIZES: dict[str, dict[str, int]] = {
     "t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
     "t5-large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
 }
-"""The published sizes of T5 v1.0 (Raffel et al., JMLR 2020, §3.7), for counting parameters where no hub is reachable."""
+"""Published sizes of T5 v1.0 (Raffel et al., JMLR 2020, §3.7), for counting parameters where no hub is reachable."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) ->
     """
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {sorted(FAMILIES)}; got {model_type!r}. Modules that look like its feed-forward "
-            f"networks: {_candidates(model)}; a row in mpoe/models/families.py describes a new family"
+            f"model_type must be one of {sorted(FAMILIES)}; got {model_type!r}. Modules that look like its "
+            f"feed-forward networks: {_candidates(model)}; a row in mpoe/models/families.py describes a new family"
         )
     found = list(_matches(model, FAMILIES[model_type]))
     if not found:

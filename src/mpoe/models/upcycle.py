@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -51,8 +51,9 @@ def swap_modules(model: PreTrainedModel, config: MPOEConfig) -> None:
     for feed_forward in _find(model, config):
         mixture = _mixture_like(feed_forward, config)
         model.set_submodule(feed_forward.name, mixture)
-        if any(feed_forward.names.down in pattern for pattern in model._keep_in_fp32_modules or ()):
-            model._keep_in_fp32_modules.add(f"{feed_forward.name}.down")  # T5 overflows in float16 there
+        kept = set(model._keep_in_fp32_modules or ())
+        if feed_forward.names.down in kept:  # T5 overflows in float16 there
+            model._keep_in_fp32_modules = {*kept, f"{feed_forward.name}.down"}
     _mark(model, config)
 
 
@@ -72,15 +73,15 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
     module, names = feed_forward.module, feed_forward.names
 
     def experts(name: str) -> MPOExperts | DenseExperts:
-        weight = module.get_submodule(name).weight
+        weight = _weight(module, name)
         with torch.device(weight.device):
-            empty = _empty_experts(*weight.shape, config)
+            empty = _empty_experts(weight.shape[0], weight.shape[1], config)
         empty.requires_grad_(weight.requires_grad)
         return empty.to(weight.dtype)
 
     up = experts(names.up)
     gate = None if names.gate is None else experts(names.gate)
-    weight = module.get_submodule(names.up).weight
+    weight = _weight(module, names.up)
     with torch.device(weight.device):
         router = SwitchRouter(weight.shape[1], config.num_experts, config.is_scale_prob).to(weight.dtype)
     mixture = MoEFeedForward(
@@ -107,8 +108,12 @@ def _replace(
     names, module = feed_forward.names, feed_forward.module
     for experts, name in ((mixture.up, names.up), (mixture.gate, names.gate), (mixture.down, names.down)):
         if experts is not None and name is not None:
-            experts.load_matrix(module.get_submodule(name).weight)
+            experts.load_matrix(_weight(module, name))
             if noise:
                 experts.add_noise(noise, generator)
     mixture.router.initialize(generator)
     model.set_submodule(feed_forward.name, mixture)
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return module.get_parameter(f"{name}.weight")

@@ -134,7 +134,7 @@ def _split_rows(matrix: Tensor, bond: int, keep_basis: bool) -> tuple[Tensor, Te
         return unit, torch.ones(bond, dtype=matrix.dtype, device=matrix.device), matrix
     eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.T)  # ascending
     isometry = vectors[:, -bond:].flip(1)
-    # A tiny eigenvalue may come out negative. Any positive scale will do as a gauge; the floor keeps its inverse finite.
+    # A tiny eigenvalue may come out negative. Any positive scale will do as a gauge; the floor keeps 1/s finite.
     squares = eigenvalues[-bond:].flip(0)
     floor = squares[0].clamp_min(0) * torch.finfo(matrix.dtype).eps
     singular_values = squares.clamp_min(floor).sqrt()

@@ -1,7 +1,7 @@
 """Site dimensions: how a matrix of any size is cut into the sites of a matrix product operator (MPO).
 
-Site k has o_k output and i_k input dimensions; the products over the sites are the matrix's sizes, padded with zero rows
-or columns where a size has no useful divisors. Shape letters: a, b bonds; o, i dimensions of a site; m sites.
+Site k has o_k output and i_k input dimensions; the products over the sites are the matrix's sizes, padded with zero
+rows or columns where a size has no useful divisors. Shape letters: a, b bonds; o, i dimensions of a site; m sites.
 """
 
 from __future__ import annotations

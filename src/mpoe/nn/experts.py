@@ -1,4 +1,4 @@
-"""Experts: one weight matrix of a layer, E times. `MPOExperts` shares its central tensor; `DenseExperts` shares nothing.
+"""Experts: one weight matrix of a layer, E times. `MPOExperts` shares its central tensor, `DenseExperts` nothing.
 
 Both take tokens sorted by expert and the number of tokens of each expert, and both can multiply out the matrix W_e of
 one expert, which defines what is correct: every faster way must agree with `per_token` in output and gradients.
@@ -22,8 +22,9 @@ class MPOExperts(nn.Module):
     """E matrices as MPOs that share their central tensor.
 
     The auxiliary tensor of expert e at site k is `start_k + scale_k * offset_k[e]`. The start (an identity in the
-    identity gauge) is shared and fixed, the offsets are the parameters and begin at 0, the scale is set from the weights
-    by `load_matrix`. So Adam's steps, which are absolute, have about the same relative size on all parts of the layer.
+    identity gauge) is shared and fixed, the offsets are the parameters and begin at 0, the scale is set from the
+    weights by `load_matrix`. So Adam's steps, which are absolute, have about the same relative size on all parts of
+    the layer.
 
     Args:
         dims: Site dimensions.
@@ -134,9 +135,9 @@ class MPOExperts(nn.Module):
         return y_Top.transpose(1, 2).reshape(tokens, self.dims.padded_out)[:, : self.dims.out_features]
 
     def _end_products(self, n: int, x_Trk: Tensor, counts: list[int]) -> Tensor:
-        """Each expert's block of x times that expert's n-th auxiliary tensor, a matrix (l, k) in this layout: (T, r, l).
+        """Each expert's block of x times that expert's n-th auxiliary tensor, here a matrix (l, k): (T, r, l).
 
-        Rows are folded into one matrix product per expert; a batched product of small matrices is up to 19 times slower.
+        Rows are folded into one product per expert; a batched product of small matrices is up to 19 times slower.
         """
         tokens, rows, size = x_Trk.shape
         blocks = x_Trk.reshape(tokens * rows, size).split([count * rows for count in counts])

@@ -17,7 +17,7 @@ from mpoe.nn.router import RouterOutput, SwitchRouter
 
 
 class MoEFeedForward(nn.Module):
-    """A mixture of feed-forward experts: y = weight · down(dropout(act(up x))), or act(gate x) · up x if there is a gate.
+    """A mixture of feed-forward experts: y = weight · down(dropout(act(up x))), with a gate act(gate x) · up x inside.
 
     Args:
         router: Picks an expert for every token.

@@ -32,9 +32,9 @@ class RouterOutput:
 class SwitchRouter(nn.Module):
     """Top-1 routing: a softmax over a linear layer of the token.
 
-    The token is scaled to unit root mean square first. Pre-trained models feed their FFNs with anything (T5's layer-norm
-    weights are about 0.08), and a router that sees tiny inputs learns slowly and looks balanced whatever it does. Always
-    computed in float32.
+    The token is scaled to unit root mean square first. Pre-trained models feed their FFNs with anything (T5's
+    layer-norm weights are about 0.08), and a router that sees tiny inputs learns slowly and looks balanced whatever it
+    does. Always computed in float32.
 
     Args:
         hidden_size: D, model width, count.

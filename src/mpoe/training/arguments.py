@@ -84,7 +84,7 @@ class MixtureArguments:
         Raises:
             ValueError: A flag's value that makes no sense, named.
         """
-        components = _names(self.mpo_layers)
+        components = _names(self.mpo_layers) or ()
         if "nompo" in components:
             if len(components) > 1:
                 raise ValueError(f"mpo_layers must be nompo alone or a list of {COMPONENTS}; got {self.mpo_layers!r}")
@@ -137,7 +137,7 @@ class DataArguments:
 class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     """Transformers' own training arguments, with defaults for fine-tuning T5 on one task."""
 
-    output_dir: str = field(  # pyright: ignore[reportGeneralTypeIssues]
+    output_dir: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         metadata={"help": "Folder for the model, the tokenizer, results.json and checkpoints; new, or this very run's."}
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows a step on each device."})

@@ -49,7 +49,7 @@ def f1(predictions: ArrayLike, targets: ArrayLike) -> float:
     predicted, true = _classes(predictions, targets)
     if max(predicted.max(), true.max()) > 1:
         raise ValueError(f"f1 needs the classes 0 and 1; got class {max(predicted.max(), true.max())}; use accuracy")
-    return float(f1_score(true, predicted, zero_division=0.0))
+    return float(f1_score(true, predicted, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def matthews(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -85,7 +85,7 @@ def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
         ValueError: If the shapes differ or there are no rows.
     """
     predicted, true = _scores(predictions, targets)
-    return 0.0 if _is_constant(predicted, true) else float(pearsonr(predicted, true).statistic)
+    return 0.0 if _is_constant(predicted, true) else float(pearsonr(predicted, true)[0])  # pyright: ignore[reportArgumentType]
 
 
 def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
@@ -102,7 +102,7 @@ def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
         ValueError: If the shapes differ or there are no rows.
     """
     predicted, true = _scores(predictions, targets)
-    return 0.0 if _is_constant(predicted, true) else float(spearmanr(predicted, true).statistic)
+    return 0.0 if _is_constant(predicted, true) else float(spearmanr(predicted, true)[0])  # pyright: ignore[reportArgumentType]
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -107,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
     """
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

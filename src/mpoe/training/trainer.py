@@ -1,7 +1,7 @@
 """The thin join to `transformers.Seq2SeqTrainer`: its loss with the routers' part, its evaluation, two callbacks.
 
-Nothing is subclassed. The Trainer takes a loss function; ours divides by all target tokens of an accumulated batch (T5's
-own loss does not), so a step is the same however it is cut into micro-batches.
+Nothing is subclassed. The Trainer takes a loss function; ours divides by all target tokens of an accumulated batch
+(T5's own loss does not), so a step is the same however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,8 +95,8 @@ def build_trainer(
     return Seq2SeqTrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=train,  # pyright: ignore[reportArgumentType]
+        eval_dataset=validation,  # pyright: ignore[reportArgumentType]
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
         compute_loss_func=sequence_loss(model, args.label_smoothing_factor),
@@ -133,7 +133,7 @@ def parse(task: Task, tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int
         tokenizer: The model's.
         tokens: Token ids, padded with -100 or the padding token, shape (N, length).
     """
-    tokens = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
+    tokens = np.where(tokens == IGNORED, cast(int, tokenizer.pad_token_id), tokens)
     return np.array([task.parse(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)])
 
 
@@ -188,7 +188,7 @@ def evaluate(trainer: Seq2SeqTrainer, rows: Dataset, task: Task, tokenizer: PreT
 
 @torch.no_grad()
 def _target_nll(trainer: Seq2SeqTrainer, rows: Dataset) -> NDArray[np.float64]:
-    model = trainer.model_wrapped.eval()
+    model = cast(PreTrainedModel, trainer.model).eval()
     per_row = []
     for batch in trainer.get_test_dataloader(rows):  # pyright: ignore[reportArgumentType]
         batch = trainer._prepare_inputs(batch)
@@ -196,7 +196,8 @@ def _target_nll(trainer: Seq2SeqTrainer, rows: Dataset) -> NDArray[np.float64]:
         per_token = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), batch["labels"], ignore_index=IGNORED, reduction="none"
         )
-        per_row.append(trainer.accelerator.gather_for_metrics(per_token.sum(dim=1)).double().cpu().numpy())
+        gathered = cast(Tensor, trainer.accelerator.gather_for_metrics(per_token.sum(dim=1)))
+        per_row.append(gathered.double().cpu().numpy())
     return np.concatenate(per_row)
 
 
@@ -224,12 +225,13 @@ class StepTimer(TrainerCallback):
 class DeadExpertWarning(TrainerCallback):
     """Warns at every evaluation and at the end of training when an expert got under 1% of its layer's tokens."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
-        reset_usage(model)
+        reset_usage(kwargs["model"])
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer, before it evaluates."""
+        model = kwargs["model"]
         dead = {
             name: [e for e, share in enumerate(shares) if share < DEAD_SHARE]
             for name, shares in expert_shares(model).items()
