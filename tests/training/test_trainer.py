@@ -136,7 +136,7 @@ def test_evaluation_is_clean_and_row_by_row(tmp_path):
         with torch.no_grad():
             output = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]))
         expected.append((task.parse(tokenizer.decode(row["labels"][:-1])), output.loss.item() * len(row["labels"])))
-    # in the order of the Trainer's sampler
+    # in an order of its own
     pairs = zip(found.targets, found.target_nll, strict=True)
     for (target, nll), (expected_target, expected_nll) in zip(sorted(pairs), sorted(expected), strict=True):
         assert target == expected_target

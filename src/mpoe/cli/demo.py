@@ -18,7 +18,7 @@ from mpoe.cli.assets import sentiment_data, t5_checkpoint
 from mpoe.config import MPOEConfig
 from mpoe.models import mixtures
 from mpoe.report import usage_table
-from mpoe.training.arguments import FinetuneTrainingArguments, ModelArguments
+from mpoe.training.arguments import STACKS_FOR_LABELS, FinetuneTrainingArguments, ModelArguments
 from mpoe.training.finetune import FinetuneResult, finetune, load_model
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
@@ -96,9 +96,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _mixture(variant: str, args: argparse.Namespace) -> MPOEConfig | None:
     if variant == "dense":
         return None
-    # Not in the decoder: it sees one start token a sentence there, and its router would send all of them to one expert.
     components = ("mlp",) if variant == "mpoe" else ()
-    return MPOEConfig(args.num_experts, mpo_layers=components, stacks=("encoder",), seed=args.seed)
+    return MPOEConfig(args.num_experts, mpo_layers=components, stacks=STACKS_FOR_LABELS, seed=args.seed)
 
 
 def _training_arguments(output_dir: Path, args: argparse.Namespace) -> FinetuneTrainingArguments:
@@ -108,6 +107,7 @@ def _training_arguments(output_dir: Path, args: argparse.Namespace) -> FinetuneT
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=100,
         learning_rate=args.learning_rate,
+        train_sampling_strategy="group_by_length",  # half the padding
         eval_strategy="no",
         save_total_limit=1,
         seed=args.seed,

@@ -11,7 +11,13 @@ from transformers import set_seed
 from mpoe.cli.parsing import parse
 from mpoe.models import mixtures
 from mpoe.report import metrics_table, parameter_table, usage_table
-from mpoe.training.arguments import DataArguments, FinetuneTrainingArguments, MixtureArguments, ModelArguments
+from mpoe.training.arguments import (
+    STACKS_FOR_LABELS,
+    DataArguments,
+    FinetuneTrainingArguments,
+    MixtureArguments,
+    ModelArguments,
+)
 from mpoe.training.finetune import FinetuneResult, finetune, load_model
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import get_task, load_task
@@ -52,7 +58,7 @@ def run_with(
         given: What identifies the run: the same again resumes it.
     """
     console = Console()
-    config = mixture_args.mpoe_config(model_args.num_experts, args.seed)
+    config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
     task = get_task(data_args.task)
     data = load_task(task, data_args.data_dir, args.seed)
     set_seed(args.seed)
