@@ -55,7 +55,7 @@ class MPOEQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether the Trainer may train it."""
         return True
 

@@ -93,13 +93,13 @@ class MPOExperts(nn.Module):
             relative_std: Standard deviation relative to the start's root mean square, dimensionless, >= 0.
             generator: A CPU generator, so that every device draws the same.
         """
-        for n, (offset, start) in enumerate(zip(self.offsets, self._starts(), strict=True)):
-            std = relative_std * start.double().square().mean().sqrt().item() / self.scales[n].item()
+        for n, offset in enumerate(self.offsets):
+            std = relative_std * self._start(n).double().square().mean().sqrt().item() / self.scales[n].item()
             offset.add_(torch.randn(offset.shape, generator=generator).to(offset) * std)
 
     def expert(self, index: int) -> MPO:
         """The MPO of one expert; differentiable."""
-        sites = [start + self.scales[n] * self.offsets[n][index] for n, start in enumerate(self._starts())]
+        sites = [self._start(n) + self.scales[n] * offset[index] for n, offset in enumerate(self.offsets)]
         c = self.dims.central
         return MPO((*sites[:c], self.central, *sites[c:]), self.dims)
 
@@ -142,7 +142,7 @@ class MPOExperts(nn.Module):
         tokens, rows, size = x_Trk.shape
         blocks = x_Trk.reshape(tokens * rows, size).split([count * rows for count in counts])
         ends_Elk = (self.scales[n].to(x_Trk.dtype) * self.offsets[n]).view(self.num_experts, -1, size)
-        start = None if self._unit_starts[n] else self._starts()[n].view(-1, size)
+        start = None if self._unit_starts[n] else self._start(n).view(-1, size)
         products = [
             # x + s·A x, not (1 + s·A) x: small offsets are kept that bfloat16 would round away beside a 1.
             torch.addmm(block, block, end_lk.T) if start is None else block @ (start + end_lk).T
@@ -150,16 +150,13 @@ class MPOExperts(nn.Module):
         ]
         return torch.cat(products).view(tokens, rows, products[0].shape[1])
 
-    def _starts(self) -> list[Tensor]:
-        starts = []
-        for k, is_unit in zip(self.dims.auxiliary, self._unit_starts, strict=True):
-            if is_unit:
-                shape = self.dims.site_shapes(self.max_bond_dim)[k]
-                size = shape[3] if k < self.dims.central else shape[0]
-                starts.append(torch.eye(size, dtype=self.central.dtype, device=self.central.device).reshape(shape))
-            else:
-                starts.append(self.get_buffer(f"start_{k}"))
-        return starts
+    def _start(self, n: int) -> Tensor:
+        """What the n-th auxiliary tensor of every expert starts as, (d_{k-1}, o_k, i_k, d_k)."""
+        k, shape = self.dims.auxiliary[n], self.offsets[n].shape[1:]
+        if not self._unit_starts[n]:
+            return self.get_buffer(f"start_{k}")
+        size = shape[3] if k < self.dims.central else shape[0]
+        return torch.eye(size, dtype=self.central.dtype, device=self.central.device).reshape(shape)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
