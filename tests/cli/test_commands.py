@@ -189,6 +189,23 @@ def test_bad_config_files(ground, capsys, text, message):
     assert files(ground) == before
 
 
+def test_a_saved_mixture_is_trained_on(ground):
+    assert main(["finetune", *FLAGS, "--layers", "1"]) == 0
+    assert (
+        main(["finetune", *FLAGS, "--model_name_or_path", "run", "--output_dir", "more", "--learning_rate", "0.1"]) == 0
+    )
+    first, second = mpoe.from_pretrained("run"), mpoe.from_pretrained("more")
+    assert list(mixtures(second)) == list(mixtures(first)) == ["encoder.block.1.layer.1.DenseReluDense"]
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_gradient_checkpointing_under_the_references_name(ground):
+    plain = finetune.run([*FLAGS, "--max_steps", "2", "--save_strategy", "no"])
+    flags = ["--gradient_checkpointing", "--output_dir", "other", "--max_steps", "2", "--save_strategy", "no"]
+    assert finetune.run([*FLAGS, *flags]).train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+
+
 def test_another_runs_folder_is_left_alone(ground, capsys):
     assert main(["finetune", *FLAGS]) == 0
     before = files(ground)

@@ -82,7 +82,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", default="sentiment", help="the task of these data (default: %(default)s)")
     parser.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
     parser.add_argument("--num_experts", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--max_steps", type=int, default=120, help="default: %(default)s")
+    parser.add_argument("--max_steps", type=int, default=110, help="default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
