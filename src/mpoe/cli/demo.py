@@ -144,8 +144,9 @@ def _finetune(
 
 def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:
     metric = task.metrics[0]
-    table = Table(title=f"Task {task.name}, held-out rows", title_justify="left")
-    for column in ("", f"{metric} before", f"{metric} after", "cross-entropy, nats", "parameters, M", "s a step"):
+    title = f"Task {task.name}, held-out rows: {metric}, cross-entropy in nats, parameters in millions, seconds a step"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "before", "after", "cross-entropy", "parameters", "s a step"):
         table.add_column(column, justify="right" if column else "left")
     for name, result in results.items():
         scores = result.metrics["test"]

@@ -19,5 +19,9 @@ def usage_table(shares: Mapping[str, Sequence[float]], title: str = "Share of to
     for expert in range(max(map(len, shares.values()), default=0)):
         table.add_column(str(expert), justify="right")
     for name, layer in shares.items():
-        table.add_row(name, *(f"[red]{share:.0%}[/red]" if share < 0.01 else f"{share:.0%}" for share in layer))
+        # The module's own name is the same in every row and would cost the width of a terminal.
+        table.add_row(
+            name.rpartition(".")[0] or name,
+            *(f"[red]{share:.0%}[/red]" if share < 0.01 else f"{share:.0%}" for share in layer),
+        )
     return table
