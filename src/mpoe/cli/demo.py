@@ -62,12 +62,13 @@ def run(argv: Sequence[str]) -> None:
         f"({len(data.train):,} rows), and test it on {len(data.test):,} held-out rows\n"
         f"4. save it to {args.output_dir}, load it in a new process and label three sentences\n"
     )
+    folders = {name: _claim(name, args) for name in variants}
     before = _accuracy_before(ModelArguments(model_dir), task, data, args)
     console.print(f"{task.metrics[0]} before fine-tuning: [bold]{before:.1%}[/bold]\n")
     results = {}
     for name, config in variants.items():
         console.print(f"[bold]Fine-tuning: {VARIANTS[name]}[/bold]")
-        results[name] = _finetune(name, config, model_dir, task, data, args, console)
+        results[name] = _finetune(folders[name], config, model_dir, task, data, args, console)
     _print_results(console, task, before, results)
     seconds = time.perf_counter()
     console.print(f"{(seconds - downloaded) / 60:.1f} minutes, after {downloaded - started:.0f} s of downloads\n")
@@ -123,15 +124,17 @@ def _accuracy_before(model_args: ModelArguments, task: Task, data: TaskData, arg
     return evaluate(trainer, test, task, tokenizer).metrics(task)[task.metrics[0]]
 
 
+def _claim(name: str, args: argparse.Namespace) -> RunFolder:
+    what = {key: value for key, value in vars(args).items() if key not in ("compare", "output_dir")}
+    return RunFolder.claim(Path(args.output_dir) / name, {**what, "variant": name})
+
+
 def _finetune(
-    name: str, config: MPOEConfig | None, model_dir: str, task: Task, data: TaskData, args: argparse.Namespace,
+    folder: RunFolder, config: MPOEConfig | None, model_dir: str, task: Task, data: TaskData, args: argparse.Namespace,
     console: Console,
 ) -> FinetuneResult:  # fmt: skip
-    output_dir = Path(args.output_dir) / name
-    what = {key: value for key, value in vars(args).items() if key not in ("compare", "output_dir")}
-    folder = RunFolder.claim(output_dir, {**what, "variant": name})
     if folder.results is not None:
-        console.print(f"Found a finished run in {output_dir}; --output_dir names another folder for a new one.")
+        console.print(f"Found a finished run in {folder.path}; --output_dir names another folder for a new one.")
         return FinetuneResult.from_dict(folder.results)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run: resuming from {folder.checkpoint}")
@@ -139,7 +142,7 @@ def _finetune(
     model, tokenizer = load_model(ModelArguments(model_dir, args.num_experts, freeze_embeds=True), config)
     if config is not None:
         console.print(f"upcycled {len(mixtures(model))} feed-forward layers")
-    return finetune(model, tokenizer, task, data, _training_arguments(output_dir, args), folder)
+    return finetune(model, tokenizer, task, data, _training_arguments(folder.path, args), folder)
 
 
 def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:

@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"mpoe {argv[0]}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print(f"\nmpoe {argv[0]}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nmpoe {argv[0]}: interrupted; the same command goes on from its last checkpoint, if it wrote one",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
