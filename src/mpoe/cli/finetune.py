@@ -82,5 +82,6 @@ def run_with(
         console.print(usage_table(result.expert_shares))
     console.print(metrics_table(result.metrics, title=f"{task.name} after {result.steps:,} steps"))
     pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
-    console.print(f"training loss {result.train_loss:.4f}{pace}; model, tokenizer and results.json in {folder.path}")
+    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f}"
+    console.print(f"training loss {loss}{pace}; model, tokenizer and results.json in {folder.path}")
     return result

@@ -29,7 +29,8 @@ class FinetuneResult:
         task: Name of the task.
         metrics: For each of validation, test and dev (the whole development set): the task's metrics, the cross-entropy
             in nats per row, and the number of rows.
-        train_loss: Mean training loss per target token over the whole run, the routers' part included, nats.
+        train_loss: Mean training loss per target token over all logged steps, those before an interruption and the
+            routers' part included, nats; None if none was logged.
         steps: Optimizer steps, count.
         seconds_per_step: Median wall-clock seconds of a training step; None if every step was run before.
         parameters: Counts.
@@ -39,7 +40,7 @@ class FinetuneResult:
 
     task: str
     metrics: dict[str, dict[str, float]]
-    train_loss: float
+    train_loss: float | None
     steps: int
     seconds_per_step: float | None
     parameters: ParameterCount
@@ -125,7 +126,7 @@ def finetune(
             "test": on_test.metrics(task),
             "dev": (on_validation + on_test if data.dev_is_split else on_test).metrics(task),
         },
-        train_loss=trained.training_loss,
+        train_loss=mean_loss(trainer.state.log_history),
         steps=trained.global_step,
         seconds_per_step=timer.median,
         parameters=count_parameters(model),
@@ -139,3 +140,16 @@ def finetune(
     )
     folder.save(trainer.save_model, dataclasses.asdict(result))
     return result
+
+
+def mean_loss(log_history: list[dict[str, Any]]) -> float | None:
+    """The mean over steps of the losses that the Trainer logged.
+
+    Its own `training_loss` leaves out what was before an interruption, but divides by all steps.
+
+    Args:
+        log_history: `trainer.state.log_history`, which a checkpoint keeps; a loss is the mean since the one before it.
+    """
+    logged = [(entry["step"], float(entry["loss"])) for entry in log_history if "loss" in entry]
+    steps = [step - before for (step, _), before in zip(logged, [0, *(step for step, _ in logged)], strict=False)]
+    return sum(n * loss for n, (_, loss) in zip(steps, logged, strict=True)) / sum(steps) if logged else None
