@@ -50,6 +50,7 @@ def test_finetune_writes_everything_and_predict_reads_it(ground, capsys):
     assert results["steps"] == 4
     assert list(results["expert_shares"]) == [f"encoder.block.{b}.layer.1.DenseReluDense" for b in (0, 1)]
     assert results["seconds_per_step"] > 0
+    assert results["train_loss"] > 0
     assert len(mixtures(mpoe.from_pretrained("run"))) == 2
 
     assert main(["predict", "run", "--task", "sentiment", "the film is great", "the film is awful"]) == 0
@@ -241,6 +242,14 @@ def test_predict_refuses_what_it_cannot_do(ground, capsys):
     assert "names no quant_method 'mpoe'" in capsys.readouterr().err
     assert main(["predict", "model", "--task", "mrpc", "a text"]) == 2
     assert "task mrpc takes several texts (sentence1, sentence2)" in capsys.readouterr().err
+
+
+def test_progress_is_shown(ground, capfd):
+    flags = [flag for flag in FLAGS if flag not in ("--disable_tqdm", "True")]
+    assert main(["finetune", *flags, "--save_strategy", "no"]) == 0
+    error = capfd.readouterr().err
+    assert "4/4" in error
+    assert "Evaluating: 100%" in error
 
 
 def test_help_and_unknown_commands(capsys):

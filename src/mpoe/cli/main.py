@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         return _fail(f"unknown command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
-    # Before Transformers is imported: it reads these once.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in every worker process
     try:
         _quiet_libraries()
         importlib.import_module(f"mpoe.cli.{argv[0]}").run(argv[1:])

@@ -160,6 +160,8 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    # Transformers' own default follows its log level, and the command line keeps that at errors.
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Score labels by generating them."})
 
 

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -27,7 +28,6 @@ from transformers import (
     Seq2SeqTrainer,
     TrainerCallback,
 )
-from transformers.utils import logging
 
 from mpoe.config import MPOEConfig
 from mpoe.models import expert_shares, mixtures, reset_usage, take_router_loss
@@ -191,7 +191,7 @@ def evaluate(trainer: Seq2SeqTrainer, rows: Dataset, task: Task, tokenizer: PreT
 
     parts = []
     batches = trainer.get_test_dataloader(rows)  # pyright: ignore[reportArgumentType]
-    for batch in logging.tqdm(batches, desc="Evaluating", disable=args.disable_tqdm):
+    for batch in tqdm(batches, desc="Evaluating", disable=args.disable_tqdm):
         batch = trainer._prepare_inputs(batch)
         inputs = {"attention_mask": batch["attention_mask"]}
         inputs["encoder_outputs"] = model.get_encoder()(input_ids=batch["input_ids"], **inputs)
