@@ -151,7 +151,7 @@ def test_flags_reach_the_model(ground, flags, count):
         (["--layers", "one"], "layers must be a comma list of integers; got 'one'"),
         (["--layers", "9"], "layers must be among the model's 0..1; got [9]"),
         (["--model_name_or_path", "data"], "must be a folder with a config.json; data has none"),
-        (["--model_name_or_path", "no/such-model"], "or a name on a hub that can be reached; got no/such-model"),
+        (["--model_name_or_path", "no/such-model"], "no/such-model must be a folder with a config.json"),
         (["--max_source_length", "0"], "max_source_length must be >= 1; got 0"),
         (["--expert_noize", "1"], "unknown arguments ['--expert_noize', '1']"),
         (["--output_dir", "model"], "holds other files and no run.json"),
@@ -234,7 +234,7 @@ def test_inspect_reads_a_saved_mixture(ground, capsys):
     assert main(["inspect", "--config", "mixture"]) == 0
     assert "saved mixture" in capsys.readouterr().out
     assert main(["inspect", "--config", "nothing/there"]) == 2
-    assert "config must be one of t5-small" in capsys.readouterr().err
+    assert "nothing/there must be a folder with a config.json" in capsys.readouterr().err
 
 
 def test_predict_refuses_what_it_cannot_do(ground, capsys):
@@ -242,6 +242,19 @@ def test_predict_refuses_what_it_cannot_do(ground, capsys):
     assert "names no quant_method 'mpoe'" in capsys.readouterr().err
     assert main(["predict", "model", "--task", "mrpc", "a text"]) == 2
     assert "task mrpc takes several texts (sentence1, sentence2)" in capsys.readouterr().err
+
+
+def test_damaged_and_foreign_models_are_named(ground, capsys):
+    weights = ground / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["finetune", *FLAGS]) == 2
+    assert "complete Transformers model" in capsys.readouterr().err.splitlines()[-1]
+    (ground / "model" / "config.json").write_text('{"model_type": "bert"}')
+    assert main(["finetune", *FLAGS]) == 2
+    error = capsys.readouterr().err
+    assert "Unrecognized configuration class" in error
+    assert error.count("\n") == 1
+    assert not (ground / "run").exists()
 
 
 def test_progress_is_shown(ground, capfd):

@@ -61,14 +61,15 @@ def run_with(
     config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
     task = get_task(data_args.task)
     data = load_task(task, data_args.data_dir, args.seed)
-    set_seed(args.seed)
-    model, tokenizer = load_model(model_args, config)
-    folder = RunFolder.claim(args.output_dir, {k: v for k, v in given.items() if k not in _NOT_OF_THE_RUN})
-
-    if folder.results is not None:
-        console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
-        result = FinetuneResult.from_dict(folder.results)
+    identity = {k: v for k, v in given.items() if k not in _NOT_OF_THE_RUN}
+    found = RunFolder.find(args.output_dir, identity)
+    if found is not None and found.results is not None:
+        console.print(f"Found a finished run of this command in {found.path}: nothing to do. Its results:")
+        result = FinetuneResult.from_dict(found.results)
     else:
+        set_seed(args.seed)
+        model, tokenizer = load_model(model_args, config)
+        folder = RunFolder.claim(args.output_dir, identity)  # only now: wrong input so far has written nothing
         if folder.checkpoint is not None:
             console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
         kind = (
@@ -83,5 +84,5 @@ def run_with(
     console.print(metrics_table(result.metrics, title=f"{task.name} after {result.steps:,} steps"))
     pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
     loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f}"
-    console.print(f"training loss {loss}{pace}; model, tokenizer and results.json in {folder.path}")
+    console.print(f"training loss {loss}{pace}; model, tokenizer and results.json in {args.output_dir}")
     return result

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, Pr
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
-from mpoe.models import count_parameters, mixtures
+from mpoe.models import clear_load_errors, count_parameters, mixtures
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules
 from mpoe.nn import MPOExperts
@@ -67,13 +67,8 @@ def run(argv: Sequence[str]) -> None:
 def _read_config(name: str) -> PreTrainedConfig:
     if name in T5_SIZES and not Path(name).exists():
         return T5Config.from_dict({"vocab_size": 32128, **T5_SIZES[name]})
-    try:
+    with clear_load_errors(name):
         return AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(
-            f"config must be one of {', '.join(T5_SIZES)}, a folder with a config.json or a name on a hub that can be "
-            f"reached; got {name}: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrainedModel:
@@ -81,7 +76,8 @@ def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrained
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        with clear_load_errors(type(config).__name__):
+            model = AutoModelForSeq2SeqLM.from_config(config)
         if mixture is not None:
             swap_modules(model, mixture)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -61,6 +62,7 @@ def _quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is our error line
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.showwarning = lambda message, category, *_: print(f"warning: {message}", file=sys.stderr)
 

@@ -1,6 +1,6 @@
 """Everything about Transformers models: where their parts are, upcycling, saving and loading."""
 
-from mpoe.models.checkpoint import from_pretrained
+from mpoe.models.checkpoint import clear_load_errors, from_pretrained
 from mpoe.models.families import FAMILIES, find_feed_forwards
 from mpoe.models.inspect import ParameterCount, count_parameters, expert_shares, reset_usage
 from mpoe.models.router_loss import mixtures, take_router_loss
@@ -9,6 +9,7 @@ from mpoe.models.upcycle import upcycle
 __all__ = [
     "FAMILIES",
     "ParameterCount",
+    "clear_load_errors",
     "count_parameters",
     "expert_shares",
     "find_feed_forwards",

@@ -7,10 +7,13 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -82,17 +85,30 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: Not a folder or hub name with a config, or the config of something else than a mixture.
     """
     hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    try:
+    with clear_load_errors(path):
         config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
-    except OSError as error:
-        raise ValueError(
-            f"{path} must be a folder with a config.json, or the name of a model on a hub that can be reached; "
-            f"{str(error).splitlines()[0]}"
-        ) from error
     written = getattr(config, "quantization_config", None) or {}
     if written.get("quant_method") != MPOEConfig.quant_method or not config.architectures:
         raise ValueError(
             f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
             "is loaded with Transformers and turned into one with mpoe.upcycle"
         )
-    return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+    with clear_load_errors(path):
+        return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+
+
+@contextmanager
+def clear_load_errors(path: str | Path) -> Iterator[None]:
+    """Turn what a loader raises into one line that names the model and says what must hold.
+
+    Args:
+        path: What is loaded: a folder, or a name on the hub.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} must be a folder with a config.json and a complete Transformers model of the right kind, or the "
+            f"name of one on a hub that can be reached; {reason}"
+        ) from error

@@ -14,7 +14,15 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpoe.config import MPOEConfig
-from mpoe.models import ParameterCount, count_parameters, expert_shares, mixtures, reset_usage, upcycle
+from mpoe.models import (
+    ParameterCount,
+    clear_load_errors,
+    count_parameters,
+    expert_shares,
+    mixtures,
+    reset_usage,
+    upcycle,
+)
 from mpoe.training.arguments import FinetuneTrainingArguments, ModelArguments
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData
@@ -67,14 +75,9 @@ def load_model(arguments: ModelArguments, config: MPOEConfig | None) -> tuple[Pr
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model_name_or_path must be a folder with a config.json; {path} has none")
     overrides = {} if arguments.dropout is None else {"dropout_rate": arguments.dropout}
-    try:
+    with clear_load_errors(path):
         model = AutoModelForSeq2SeqLM.from_pretrained(path, **overrides)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path must be a folder with a Transformers model, or a name on a hub that can be reached; "
-            f"got {path}: {str(error).splitlines()[0]}"
-        ) from error
     if config is not None and not mixtures(model):
         upcycle(model, config)
     if arguments.freeze_embeds:

@@ -41,12 +41,10 @@ class RunFolder:
         Raises:
             ValueError: A file, another run, or a folder of something else. Nothing has been touched then.
         """
+        found = cls.find(path, arguments)
+        if found is not None:
+            return found
         path = Path(path)
-        arguments = json.loads(json.dumps(arguments))
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"output_dir must be a folder; {path} is a file; name another")
-        if path.is_dir() and any(path.iterdir()):
-            return cls._found(path, arguments)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / RUN_FILE, arguments)
@@ -55,7 +53,22 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def _found(cls, path: Path, arguments: dict[str, Any]) -> RunFolder:
+    def find(cls, path: str | Path, arguments: dict[str, Any]) -> RunFolder | None:
+        """The run of these arguments that a folder holds; None if the folder is free. Writes nothing.
+
+        Args:
+            path: As in `claim`.
+            arguments: As in `claim`.
+
+        Raises:
+            ValueError: As in `claim`.
+        """
+        path = Path(path)
+        arguments = json.loads(json.dumps(arguments))
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir must be a folder; {path} is a file; name another")
+        if not path.is_dir() or not any(path.iterdir()):
+            return None
         if not (path / RUN_FILE).is_file():
             raise ValueError(
                 f"output_dir must be new, empty or hold a run of this command; {path} holds other files and no "
