@@ -237,6 +237,21 @@ def test_inspect_reads_a_saved_mixture(ground, capsys):
     assert "nothing/there must be a folder with a config.json" in capsys.readouterr().err
 
 
+def test_inspect_counts_the_head_of_an_untied_model(ground, capsys):
+    model = mpoe.upcycle(tiny_t5(d_model=512, vocab_size=32000), mpoe.MPOEConfig(num_experts=2))
+    model.save_pretrained("untied")
+    assert main(["inspect", "--config", "untied"]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert total.strip("│ ").split("│")[-1].strip() == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+
+
+def test_a_missing_tokenizer_is_an_error(ground, capsys):
+    (ground / "model" / "tokenizer.json").unlink()
+    assert main(["finetune", *FLAGS]) == 2
+    assert "model must hold its model's tokenizer" in capsys.readouterr().err
+    assert not (ground / "run").exists()
+
+
 def test_predict_refuses_what_it_cannot_do(ground, capsys):
     assert main(["predict", "model", "a text"]) == 2
     assert "names no quant_method 'mpoe'" in capsys.readouterr().err

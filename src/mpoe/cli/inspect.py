@@ -78,6 +78,9 @@ def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrained
     with torch.device("meta"):
         with clear_load_errors(type(config).__name__):
             model = AutoModelForSeq2SeqLM.from_config(config)
+        if getattr(config, "scale_decoder_outputs", True) is False:
+            # T5 v1.1 and flan: their checkpoints have a head of their own, but T5Config says "tied" whatever it read.
+            model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
         if mixture is not None:
             swap_modules(model, mixture)
     return model

@@ -6,9 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, cast
 
-from transformers import AutoTokenizer
-
-from mpoe.models import from_pretrained
+from mpoe.models import from_pretrained, load_tokenizer
 from mpoe.training.tasks import get_task
 
 
@@ -36,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
             )
         sources = [task.source({task.columns[0]: text}) for text in args.text]
     model = from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     batch = tokenizer(sources, return_tensors="pt", padding=True)
     generated = cast(Any, model).generate(**batch, max_new_tokens=32)
     answers = tokenizer.batch_decode(generated, skip_special_tokens=True)

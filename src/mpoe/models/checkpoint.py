@@ -14,13 +14,15 @@ from typing import Any, cast
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpoe.config import MPOEConfig
 from mpoe.models.upcycle import swap_modules, upcycle
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 @register_quantization_config(MPOEConfig.quant_method)
@@ -95,6 +97,24 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     with clear_load_errors(path):
         return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        path: The model's folder, or a name on the hub.
+
+    Raises:
+        ValueError: A folder without a tokenizer's files, for which Transformers would make one up.
+    """
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{path} must hold its model's tokenizer ({' or '.join(TOKENIZER_FILES)}); it has none; "
+            "write it there with tokenizer.save_pretrained"
+        )
+    with clear_load_errors(path):
+        return AutoTokenizer.from_pretrained(path)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpoe.config import MPOEConfig
 from mpoe.models import (
@@ -19,6 +19,7 @@ from mpoe.models import (
     clear_load_errors,
     count_parameters,
     expert_shares,
+    load_tokenizer,
     mixtures,
     reset_usage,
     upcycle,
@@ -77,7 +78,7 @@ def load_model(arguments: ModelArguments, config: MPOEConfig | None) -> tuple[Pr
     overrides = {} if arguments.dropout is None else {"dropout_rate": arguments.dropout}
     with clear_load_errors(path):
         model = AutoModelForSeq2SeqLM.from_pretrained(path, **overrides)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     if config is not None and not mixtures(model):
         upcycle(model, config)
     if arguments.freeze_embeds:
