@@ -13,6 +13,18 @@ V1_0 = {"feed_forward_proj": "relu"}
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
+FLAGS = (
+    "--model_name_or_path model --task sentiment --data_dir data --output_dir run --num_experts 2 --use_cpu "
+    "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --disable_tqdm True --logging_steps 2"
+).split()
+"""`mpoe finetune` on the folder of tests/cli/conftest.py."""
+
+
+def files(folder):
+    """Every file below a folder, by its name there."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def tiny_t5(version=V1_1, **options):
     """A T5 with random weights of the scale of the real ones, and an untied head in version 1.1."""
     sizes = {
@@ -52,9 +64,17 @@ def tiny_batch(rows=3, length=9, label_length=4, vocab_size=64):
 
 def write_sentiment(folder, rows=40):
     """A `--data_dir` with the task `sentiment`, learnable by its words."""
-    (folder / "sentiment").mkdir(parents=True)
-    for name, count in (("train", rows), ("dev", 12)):
-        lines = ["sentence\tlabel"]
-        lines += [f"the film is {'great' if i % 2 else 'awful'}\t{i % 2}" for i in range(count)]
-        (folder / "sentiment" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return _write_task(folder, "sentiment", ["sentence\tlabel"], "the film is {word}\t{label}", rows)
+
+
+def write_cola(folder, rows=24):
+    """The same for `cola`, whose files have no header and whose development set is halved."""
+    return _write_task(folder, "CoLA", [], "x\t{label}\t\tthe film is {word} .", rows)
+
+
+def _write_task(folder, name, header, line, rows):
+    (folder / name).mkdir(parents=True)
+    for file, count in (("train", rows), ("dev", 12)):
+        lines = header + [line.format(word="great" if i % 2 else "awful", label=i % 2) for i in range(count)]
+        (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
     return folder

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 
 LAYOUTS = ("separable", "balanced")
 GAUGES = ("identity", "central", "sqrt")
-COMPONENTS = ("mlp",)
+COMPONENTS = ("word_embed", "mlp", "attention")
+MOE_TYPES = ("switch", "moe", "none")
+SECOND_POLICIES = ("all", "none", "threshold", "random")
+BIASES = ("none", "shared", "expert")
 
 
 @dataclass
@@ -19,22 +22,31 @@ class MPOEConfig:
     as a dictionary, into the `config.json` of a saved model.
 
     Attributes:
-        num_experts: Experts per feed-forward layer, count, >= 1.
-        mpo_layers: Components whose matrices become matrix product operators: `("mlp",)`. Empty: the experts are whole
-            dense matrices, which is the +Switch baseline of the paper.
+        num_experts: Experts per feed-forward layer, count, >= 1; 1 is no mixture (see `is_mixture`).
+        moe_type: Router. "switch": the most probable expert; "moe": the two most probable, weighed (GShard); "none": no
+            mixture, every layer is one network.
+        top_k: Experts per token, count, 1 .. num_experts; None is the type's own, 1 for switch and 2 for moe.
+        mpo_layers: Components whose matrices become matrix product operators, of "word_embed", "mlp" and "attention".
+            Without "mlp" the experts of a mixture are whole dense matrices: the paper's +Switch and +MoE baselines.
+            Without a mixture, plain MPO compression.
         layout: How each matrix is cut into sites. "separable" (the first site carries only outputs, the last only
             inputs; nothing is ever multiplied out) or "balanced" (the paper's: every site carries a piece of both).
         num_sites: Site tensors per matrix, odd; None is the layout's own, 3 for separable and 5 for balanced.
         max_auxiliary_bond: Cap on the two full bonds beside the central tensor, count, >= 1; this is the knob for how
             large the auxiliary tensors are, and it loses nothing. None is the size of the paper's shapes.
-        max_bond_dim: Truncation: keep at most this many singular values on every bond, count, >= 1; None is exact.
+        max_bond_dim: Truncation of the feed-forward matrices: keep at most this many singular values on every bond,
+            count, >= 1; None is exact.
+        word_embed_bond_dim: The same for the word embedding.
+        attention_bond_dim: The same for the attention's matrices.
         site_dims: Site dimensions by matrix shape, for those who want their own:
-            `{"3072x768": [[4, 4, 8, 6, 4], [3, 4, 4, 4, 4]]}`, outputs first. Shapes not named are planned.
+            `{"3072x768": [[4, 4, 8, 6, 4], [3, 4, 4, 4, 4]]}`, outputs first; `"o:768x768"` is for the matrices called
+            "o" alone. Shapes not named are planned.
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
             singular values on both sides of every bond, as in the reference implementation.
-        stacks: Which stacks get experts, of "encoder" and "decoder"; None is every stack that the model has.
-        layers: Which blocks of these stacks get experts, by index from 0; None is all.
+        stacks: Which stacks' feed-forward and attention layers are changed, of "encoder" and "decoder"; None is every
+            stack that the model has.
+        layers: Which blocks of these stacks, by index from 0; None is all.
         offset_scale: An auxiliary tensor is `start + s * parameter` with s = offset_scale * rms(start) / rms(central),
             dimensionless, > 0. It makes one learning rate serve the whole model; towards 0 the mixture becomes dense
             fine-tuning.
@@ -42,16 +54,35 @@ class MPOEConfig:
             dimensionless, >= 0. At 0 all experts are the pre-trained layer and only routing tells them apart.
         is_scale_prob: Multiply an expert's output by its router probability (as Switch does) instead of by p / p, whose
             value is 1 and whose gradient still reaches the router. Upcycling keeps the function only with False.
+        expert_bias: Biases of the expert matrices: "none", "shared" by all experts of a layer, or one an "expert".
+        expert_dropout: Dropout inside the experts, in [0, 1]; None is the base model's (the reference: switch_dropout).
+        capacity_factor: An expert takes at most max(4, capacity_factor · tokens / num_experts) tokens of a training
+            batch, > 0; what it cannot take is dropped and passes through the residual. None drops nothing.
+        eval_capacity_factor: The same in evaluation.
+        second_policy_train: Which experts after the first a token is really sent to in training (top_k >= 2): "all",
+            "none", "threshold" (those of a weight > second_threshold) or "random" (kept with probability
+            weight / second_threshold). Upcycling keeps the function only with "all" and without capacities.
+        second_policy_eval: The same in evaluation.
+        second_threshold: A weight, in (0, 1].
+        router_jitter: In training a router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter], >= 0.
+        router_input_norm: Scale a router's inputs to unit root mean square.
         load_balancing_coef: Weight of the load-balancing loss, averaged over layers, in the model's loss, >= 0.
+        router_z_loss_coef: Weight of the routers' z-loss, averaged over layers, in the model's loss, >= 0.
+        tied_head: With "word_embed": whether the language-model head is the embedding's own table. None is as the model
+            has it; `upcycle` writes the answer here for those who load the model.
         seed: Seed of the routers' initial weights and of the expert noise.
     """
 
     num_experts: int = 8
+    moe_type: str = "switch"
+    top_k: int | None = None
     mpo_layers: tuple[str, ...] = ("mlp",)
     layout: str = "separable"
     num_sites: int | None = None
     max_auxiliary_bond: int | None = None
     max_bond_dim: int | None = None
+    word_embed_bond_dim: int | None = None
+    attention_bond_dim: int | None = None
     site_dims: dict[str, Any] | None = None
     gauge: str = "identity"
     stacks: tuple[str, ...] | None = None
@@ -59,7 +90,18 @@ class MPOEConfig:
     offset_scale: float = 0.3
     expert_noise: float = 0.0
     is_scale_prob: bool = False
+    expert_bias: str = "none"
+    expert_dropout: float | None = None
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    second_policy_train: str = "all"
+    second_policy_eval: str = "all"
+    second_threshold: float = 0.2
+    router_jitter: float = 0.0
+    router_input_norm: bool = True
     load_balancing_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    tied_head: bool | None = None
     seed: int = 0
 
     quant_method: ClassVar[str] = "mpoe"
@@ -69,12 +111,21 @@ class MPOEConfig:
         self.mpo_layers = tuple(self.mpo_layers)
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
-        _require(self.layout in LAYOUTS, "layout", f"one of {LAYOUTS}", self.layout)
-        _require(self.gauge in GAUGES, "gauge", f"one of {GAUGES}", self.gauge)
-        for name in ("num_experts", "num_sites", "max_auxiliary_bond", "max_bond_dim"):
+        for name, choices in (
+            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
+            ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
+        ):  # fmt: skip
+            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
+        _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
+        for name in (
+            "top_k", "num_sites", "max_auxiliary_bond", "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim",
+        ):  # fmt: skip
             value = getattr(self, name)
-            optional = name != "num_experts"
-            _require((optional and value is None) or _is_count(value), name, "an integer >= 1", value)
+            _require(value is None or _is_count(value), name, "an integer >= 1", value)
+        _require(
+            not self.is_mixture or self.experts_per_token <= self.num_experts,
+            "top_k", f"at most num_experts = {self.num_experts}", self.experts_per_token,
+        )  # fmt: skip
         _require(set(self.mpo_layers) <= set(COMPONENTS), "mpo_layers", f"a list of {COMPONENTS}", self.mpo_layers)
         _require(
             self.stacks is None or (self.stacks and set(self.stacks) <= {"encoder", "decoder"}),
@@ -84,10 +135,27 @@ class MPOEConfig:
             self.layers is None or (self.layers and all(_is_count(n + 1) for n in self.layers)),
             "layers", "a list of block indices >= 0", self.layers,
         )  # fmt: skip
-        _require(_is_number(self.offset_scale) and self.offset_scale > 0, "offset_scale", "> 0", self.offset_scale)
-        for name in ("expert_noise", "load_balancing_coef"):
+        for name in ("offset_scale", "capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            optional = name != "offset_scale"
+            _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
+        for name in ("expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
+        _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)
+        dropout, threshold = self.expert_dropout, self.second_threshold
+        _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)
+        _require(_is_number(threshold) and 0 < threshold <= 1, "second_threshold", "in (0, 1]", threshold)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether feed-forward layers get several experts and a router; if not, only `mpo_layers` are changed."""
+        return self.num_experts > 1 and self.moe_type != "none"
+
+    @property
+    def experts_per_token(self) -> int:
+        """K, the number of experts that a token is sent to."""
+        return self.top_k or (2 if self.moe_type == "moe" else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values, with the `quant_method` that Transformers' loader looks for."""

@@ -13,30 +13,10 @@ import mpoe
 from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import mixtures
-from tiny import tiny_t5, tiny_tokenizer, write_sentiment
+from tiny import FLAGS, files, tiny_t5
 
 # Two experts and a dozen tokens: one of them goes hungry.
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
-
-
-@pytest.fixture
-def ground(tmp_path, monkeypatch):
-    """A folder with a model and data."""
-    monkeypatch.chdir(tmp_path)
-    tiny_t5().save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    write_sentiment(tmp_path / "data")
-    return tmp_path
-
-
-FLAGS = (
-    "--model_name_or_path model --task sentiment --data_dir data --output_dir run --num_experts 2 --use_cpu "
-    "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --disable_tqdm True --logging_steps 2"
-).split()
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_finetune_writes_everything_and_predict_reads_it(ground, capsys):
@@ -45,10 +25,12 @@ def test_finetune_writes_everything_and_predict_reads_it(ground, capsys):
     for text in ("central tensors (shared)", "Share of tokens per expert", "sentiment after 4 steps", "cross entropy"):
         assert text in printed
     results = json.loads((ground / "run" / "results.json").read_text())
-    assert results["metrics"]["test"]["rows"] == 12
-    assert results["metrics"]["dev"] == results["metrics"]["test"]
+    metrics = results["tasks"]["sentiment"]
+    assert metrics["test"]["rows"] == 12
+    assert metrics["dev"] == metrics["test"]
+    assert results["average"]["test"] == metrics["test"]["accuracy"]
     assert results["steps"] == 4
-    assert list(results["expert_shares"]) == [f"encoder.block.{b}.layer.1.DenseReluDense" for b in (0, 1)]
+    assert list(results["routers"]) == [f"encoder.block.{b}.layer.1.DenseReluDense" for b in (0, 1)]
     assert results["seconds_per_step"] > 0
     assert results["train_loss"] > 0
     assert len(mixtures(mpoe.from_pretrained("run"))) == 2
@@ -111,7 +93,7 @@ def test_config_file_and_flags(ground):
     (ground / "run.json").write_text(json.dumps(values))
     from_yaml = finetune.run(["run.yaml", "--num_experts", "3", "--output_dir", "a"])
     from_json = finetune.run(["run.json", "--num_experts", "3", "--output_dir", "b"])
-    assert from_yaml.metrics == from_json.metrics
+    assert from_yaml.tasks == from_json.tasks
     assert from_yaml.parameters == from_json.parameters
     layer = next(iter(mixtures(mpoe.from_pretrained("a")).values()))
     assert layer.router.num_experts == 3
@@ -142,9 +124,8 @@ def test_flags_reach_the_model(ground, flags, count):
         (["--data_dir", "nowhere"], "data_dir must be a folder; nowhere"),
         (["--num_experts", "0"], "num_experts must be an integer >= 1; got 0"),
         (["--num_experts", "two"], "argument --num_experts/--num-experts: invalid int value: 'two'"),
-        (["--mpo_layers", "ffn"], "mpo_layers must be a list of ('mlp',)"),
+        (["--mpo_layers", "ffn"], "mpo_layers must be nompo or a comma list of word_embed, mlp, attention; got 'ffn'"),
         (["--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
-        (["--moe_type", "none"], "mpo_layers must be nompo; got 'mlp'"),
         (["--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),
         (["--site_dims", "[1]"], "site_dims must be a JSON object"),
         (["--site_dims", "{"], "site_dims must be a JSON object"),
@@ -286,7 +267,10 @@ def test_help_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == mpoe.__version__
     assert main(["fintune"]) == 2
-    assert "unknown command 'fintune'; commands are demo, finetune, inspect, predict" in capsys.readouterr().err
+    assert (
+        "unknown command 'fintune'; commands are compare, demo, finetune, import-reference, inspect, predict"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
     assert "--max_auxiliary_bond" in capsys.readouterr().out

@@ -41,6 +41,15 @@ def test_it_is_added_in_training_only():
     assert trained.item() == pytest.approx(clean.item() + COEF * torch.stack(by_layer).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("moe_type", ["switch", "moe"])
+def test_the_z_loss_has_a_weight_of_its_own(moe_type):
+    model, batch = make_model(router_z_loss_coef=0.25, moe_type=moe_type), tiny_batch()
+    trained = model(**batch).loss
+    routes = [layer.router(x) for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)]
+    expected = torch.stack([COEF * r.load_balancing_loss + 0.25 * r.z_loss for r in routes]).mean()
+    assert trained.item() == pytest.approx(model.eval()(**batch).loss.item() + expected.item(), rel=1e-5)
+
+
 def inputs(model, batch):
     """What each mixture of the model sees."""
     seen = []
@@ -59,10 +68,10 @@ def inputs(model, batch):
 def test_it_is_taken_once():
     model, batch = make_model(), tiny_batch()
     model(**{k: v for k, v in batch.items() if k != "labels"}, decoder_input_ids=batch["labels"])
-    assert take_router_loss(model, COEF) is not None
-    assert take_router_loss(model, COEF) is None
+    assert take_router_loss(model) is not None
+    assert take_router_loss(model) is None
     model(**batch)
-    assert take_router_loss(model, COEF) is None, "the hook had taken it"
+    assert take_router_loss(model) is None, "the hook had taken it"
 
 
 def test_non_reentrant_checkpointing_gives_the_same_gradients():

@@ -2,45 +2,67 @@ import pytest
 import torch
 
 from mpoe.mpo import site_dims
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, SwitchRouter
+from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
 
 
-def make_layer(experts="separable", gated=True, is_scale_prob=False, dropout=0.0, noise=0.2):
+def make_layer(experts="separable", gated=True, dropout=0.0, noise=0.2, bias="none", **routing):
     def matrix(out_features, in_features):
         if experts == "dense":
-            made = DenseExperts(out_features, in_features, 3)
+            made = DenseExperts(out_features, in_features, 3, bias)
         else:
-            made = MPOExperts(site_dims(out_features, in_features, layout=experts), 3)
-        made.load_matrix(torch.randn(out_features, in_features) * in_features**-0.5)
+            made = MPOExperts(site_dims(out_features, in_features, layout=experts), 3, bias=bias)
+        made.load_matrix(torch.randn(out_features, in_features) * in_features**-0.5, torch.randn(out_features))
         made.add_noise(noise, torch.Generator().manual_seed(1))
         return made
 
-    router = SwitchRouter(24, 3, is_scale_prob)
+    router = TopKRouter(24, 3, **routing)
     router.initialize(torch.Generator().manual_seed(2))
     gate = matrix(40, 24) if gated else None
     return MoEFeedForward(router, matrix(40, 24), matrix(24, 40), torch.nn.functional.silu, gate, dropout).double()
 
 
 def by_hand(layer, x):
-    """Token by token, with every matrix multiplied out."""
+    """Token by token and expert by expert, with every matrix multiplied out."""
     rows = []
-    route = layer.router(x.reshape(-1, x.shape[-1]))
-    for token, e, weight in zip(x.reshape(-1, x.shape[-1]), route.expert_index.tolist(), route.weight, strict=True):
-        hidden = layer.up.expert_matrix(e) @ token
-        if layer.gate is None:
-            hidden = layer.activation(hidden)
-        else:
-            hidden = layer.activation(layer.gate.expert_matrix(e) @ token) * hidden
-        rows.append(weight * (layer.down.expert_matrix(e) @ hidden))
+    x_TD = x.reshape(-1, x.shape[-1])
+    route = layer.router(x_TD)
+
+    def linear(experts, e, token):
+        bias = 0 if experts.bias is None else experts.bias[e if len(experts.bias) > 1 else 0]
+        return experts.expert_matrix(e) @ token + bias
+
+    for t, token in enumerate(x_TD):
+        row = torch.zeros_like(token)
+        for k, e in enumerate(route.expert_index[t].tolist()):
+            hidden = linear(layer.up, e, token)
+            if layer.gate is None:
+                hidden = layer.activation(hidden)
+            else:
+                hidden = layer.activation(linear(layer.gate, e, token)) * hidden
+            if route.kept is None or route.kept[t, k]:
+                row = row + route.weight[t, k] * linear(layer.down, e, hidden)
+        rows.append(row)
     return torch.stack(rows).reshape(x.shape)
 
 
-@pytest.mark.parametrize("is_scale_prob", [False, True])
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {},
+        {"is_scale_prob": True},
+        {"top_k": 2},
+        {"top_k": 3, "second_policy_train": "threshold", "second_threshold": 0.3},
+        {"capacity_factor": 0.5},
+        {"top_k": 2, "capacity_factor": 0.5, "is_scale_prob": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", ["none", "shared", "expert"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("experts", ["separable", "balanced", "dense"])
-def test_layer_agrees_with_a_loop_over_tokens(experts, gated, is_scale_prob):
-    layer = make_layer(experts, gated, is_scale_prob)
-    x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+def test_layer_agrees_with_a_loop_over_tokens(experts, gated, bias, routing):
+    layer = make_layer(experts, gated, bias=bias, **routing)
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
     fast, plain = layer(x), by_hand(layer, x)
     # the router works in float32
     torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
@@ -48,6 +70,18 @@ def test_layer_agrees_with_a_loop_over_tokens(experts, gated, is_scale_prob):
     leaves = [x, *layer.parameters()]
     for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (fast, plain)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_router_the_one_expert_gets_everything():
+    matrices = torch.randn(40, 24), torch.randn(24, 40)
+    up, down = (MPOExperts(site_dims(*matrix.shape, layout="separable"), 1) for matrix in matrices)
+    for experts, matrix in zip((up, down), matrices, strict=True):
+        experts.load_matrix(matrix)
+    layer = MoEFeedForward(None, up, down, torch.nn.functional.silu)
+    x = torch.randn(2, 7, 24)
+    expected = torch.nn.functional.silu(x @ matrices[0].T) @ matrices[1].T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert layer.usage is None
 
 
 def test_dropout_is_between_activation_and_down():
@@ -61,10 +95,10 @@ def test_usage_is_counted_and_reset():
     layer = make_layer()
     x = torch.randn(5, 24, dtype=torch.float64)
     layer(x), layer(x)
-    assert layer.tokens_per_expert.sum() == 10
-    assert torch.equal(layer.tokens_per_expert, 2 * layer.router(x).tokens_per_expert)
+    assert layer.usage.tokens == 10
+    assert torch.equal(layer.usage.tokens_per_expert, 2 * layer.router(x).tokens_per_expert)
     layer.reset_usage()
-    assert layer.tokens_per_expert is None
+    assert layer.usage is None
 
 
 def test_evaluation_keeps_no_graph():

@@ -1,7 +1,23 @@
+import csv
+import io
+import json
+
+import pytest
 from rich.console import Console
 
 from mpoe.models import ParameterCount
-from mpoe.report import metrics_table, parameter_table, usage_table
+from mpoe.nn import RouterStatistics
+from mpoe.report import (
+    comparison_rows,
+    comparison_table,
+    comparison_text,
+    metrics_table,
+    parameter_table,
+    router_table,
+    trained_table,
+)
+from mpoe.training.finetune import FinetuneResult
+from mpoe.training.optimizer import TrainedPart
 
 WIDTH = 80
 
@@ -28,12 +44,57 @@ def test_parameters_are_in_millions_and_small_ones_keep_their_digits():
     assert found["same mixture, whole experts"] == "1,015.8"
 
 
-def test_usage_fits_a_terminal_and_shows_every_layer():
-    shares = {f"encoder.block.{b}.layer.1.DenseReluDense": [0.5, 0.25, 0.2, 0.05, 0, 0, 0, 0] for b in range(12)}
-    lines = lines_of(usage_table(shares))
-    assert cells(lines[-2]) == ["encoder.block.11.layer.1", "50%", "25%", "20%", "5%", "0%", "0%", "0%", "0%"]
+def test_routers_fit_a_terminal_and_show_every_layer():
+    share = [0.5, 0.25, 0.2, 0.05, 0.0, 0.0, 0.0, 0.0]
+    routers = {
+        f"encoder.block.{b}.layer.1.DenseReluDense": RouterStatistics(share, share, 0.0, 1.25) for b in range(12)
+    }
+    lines = lines_of(router_table(routers))
+    assert lines[-2].split() == ["encoder.block.11.layer.1", *"50% 25% 20% 5% 0% 0% 0% 0% 1.25".split()]
     assert not any("…" in line for line in lines)
     assert max(map(len, lines)) <= WIDTH
+    routers["last"] = RouterStatistics(share, share, 0.125, 0.5)
+    assert lines_of(router_table(routers))[-2].split()[-2:] == ["0.50", "12%"]
+
+
+def test_what_trains_adds_up():
+    parts = [TrainedPart("central tensors", 0, 2_000_000, 1e-3), TrainedPart("routers", 5_000, 5_000, 3e-4)]
+    lines = [cells(line) for line in lines_of(trained_table(parts)) if "│" in line]
+    assert lines[0] == ["central tensors", "0.000", "2.000", "-"]
+    assert lines[1] == ["routers", "0.005", "0.000", "0.0003"]
+    assert lines[2][:3] == ["total", "0.005", "2.000"]
+
+
+def make_result(tasks, pace=1.5):
+    count = ParameterCount(5_000_000, 2_000_000, 500_000, 0, 0, 0, 0, 0)
+    trained = [TrainedPart("routers", 1_000_000, 2_000_000, 1e-3)]
+    average = {"test": sum(next(iter(splits["test"].values())) for splits in tasks.values()) / len(tasks)}
+    return FinetuneResult(tasks, average, 0.5, 110, pace, 3 * 2**30, count, trained, {}, None, None, {})
+
+
+def test_runs_side_by_side():
+    one = {"cola": {"test": {"matthews": 0.2, "cross_entropy": 0.5, "rows": 522.0}}}
+    rows = comparison_rows({"dense": make_result(one), "mpoe": make_result(one, pace=None)})
+    assert rows[0] == {
+        "run": "dense", "cola matthews": 0.2, "cola cross entropy": 0.5, "parameters, M": 7.5, "trained, M": 1.0,
+        "steps": 110.0, "s a step": 1.5, "peak memory, GiB": 3.0,
+    }  # fmt: skip
+    lines = [cells(line) for line in lines_of(comparison_table(rows)) if "│" in line]
+    assert lines[1] == ["mpoe", "0.2000", "0.5000", "7.5", "1.0", "110", "-", "3.0"]
+    assert comparison_text(rows, ".md").splitlines()[2] == "| dense | 0.2000 | 0.5000 | 7.5 | 1.0 | 110 | 1.50 | 3.0 |"
+    assert json.loads(comparison_text(rows, ".json")) == rows
+    assert next(csv.DictReader(io.StringIO(comparison_text(rows, ".csv"))))["cola matthews"] == "0.2"
+
+
+def test_runs_of_other_tasks_have_gaps():
+    several = {
+        "cola": {"test": {"matthews": 0.2, "accuracy": 0.7, "rows": 5.0}},
+        "stsb": {"test": {"pearson": 0.8, "rows": 5.0}},
+    }
+    rows = comparison_rows({"both": make_result(several), "cola": make_result({"cola": several["cola"]})})
+    assert list(rows[0]) == list(rows[1])
+    assert (rows[0]["average"], rows[0]["stsb pearson"]) == (pytest.approx(0.5), 0.8)
+    assert (rows[1]["average"], rows[1]["stsb pearson"], rows[1]["cola accuracy"]) == (None, None, 0.7)
 
 
 def test_metrics_have_a_row_a_split():

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import sacrebleu
 from scipy.stats import rankdata
 
-from mpoe.training.metrics import METRICS, accuracy, compute_metrics, f1, matthews, pearson, spearman
+from mpoe.training.metrics import METRICS, accuracy, bleu, compute_metrics, f1, matthews, pearson, spearman
 
 CLASSIFICATION = [accuracy, f1, matthews]
 REGRESSION = [pearson, spearman]
@@ -67,6 +68,31 @@ def test_cases_counted_by_hand():
     assert matthews(predictions, targets) == pytest.approx((3 * 1 - 1 * 1) / math.sqrt(4 * 4 * 2 * 2))
     assert pearson([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
     assert spearman([0, 1, 4], [0, 0.1, 5]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 41])
+def test_bleu_is_a_hundredth_of_sacrebleus(num_rows):
+    rng = np.random.default_rng(num_rows)
+    targets = [" ".join(rng.choice(list("abcdefg"), size=rng.integers(5, 30))) + " ." for _ in range(num_rows)]
+    predictions = [text.replace("a", "b", 2).replace("g .", "g") for text in targets]
+    expected = sacrebleu.BLEU(force=True).corpus_score(predictions, [targets]).score / 100
+    assert 0.1 < expected < 1
+    assert bleu(predictions, targets) == bleu(np.array(predictions), np.array(targets)) == pytest.approx(expected)
+
+
+def test_bleu_counted_by_hand():
+    # Of 1- to 4-grams 5 of 6, 3 of 5, 2 of 4 and 1 of 3 are right; nothing is too short.
+    score = bleu(["the cat sat on a mat"], ["the cat sat on the mat"])
+    assert score == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
+    # All are right, but 6 words are to match 9: the brevity penalty.
+    assert bleu(["a b c d e f"], ["a b c d e f g h i"]) == pytest.approx(math.exp(1 - 9 / 6))
+
+
+def test_bleu_at_the_ends_of_its_range():
+    assert bleu(["a b c d .", "e f g h"], ["a b c d .", "e f g h"]) == 1.0
+    assert type(bleu(["a b c d"], ["a b c d"])) is float
+    assert bleu(["", ""], ["a b c d", "e"]) == 0.0
+    assert bleu(["a"], [""]) == 0.0
 
 
 @pytest.mark.parametrize("metric", [accuracy, f1, matthews, pearson, spearman])
@@ -132,7 +158,8 @@ def test_unparsable_score_counts_as_the_farther_end_of_the_scale(metric):
 def test_compute_metrics_keeps_the_order_of_the_names():
     result = compute_metrics(["f1", "accuracy"], [1, 0, 1], [1, 1, 1])
     assert list(result.items()) == [("f1", pytest.approx(0.8)), ("accuracy", pytest.approx(2 / 3))]
-    assert set(METRICS) == {"accuracy", "f1", "matthews", "pearson", "spearman"}
+    assert set(METRICS) == {"accuracy", "f1", "matthews", "pearson", "spearman", "bleu"}
+    assert compute_metrics(["bleu"], ["a b c d"], np.array(["a b c d"])) == {"bleu": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +170,10 @@ def test_compute_metrics_keeps_the_order_of_the_names():
         (["pearson"], [], [], r"N >= 1; got \(0,\)"),
         (["matthews"], [[1]], [[1]], r"shape \(N,\)"),
         (["f1"], [2, 1], [1, 1], "f1 needs the classes 0 and 1; got class 2"),
+        (["bleu"], [2, 1], [1, 1], "bleu needs texts; got 2"),
+        (["bleu"], ["a"], [math.nan], "bleu needs texts; got nan"),
+        (["bleu"], [], [], r"N >= 1; got \(0,\)"),
+        (["bleu"], ["a", "b"], ["a"], r"got \(2,\) and \(1,\)"),
     ],
 )
 def test_bad_input_is_one_line(names, predictions, targets, message):

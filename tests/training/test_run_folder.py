@@ -3,6 +3,7 @@ import json
 import pytest
 
 from mpoe.training.run_folder import RunFolder, last_checkpoint
+from tiny import files
 
 ARGUMENTS = {"task": "cola", "num_experts": 8}
 
@@ -16,27 +17,31 @@ def make_checkpoint(folder, step, complete=True):
     return path
 
 
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def claimed(path, arguments):
+    run = RunFolder.open(path, arguments)
+    run.claim()
+    return run
 
 
 def test_a_new_folder_is_claimed(tmp_path):
-    run = RunFolder.claim(tmp_path / "deep" / "run", ARGUMENTS)
+    run = RunFolder.open(tmp_path / "deep" / "run", ARGUMENTS)
     assert (run.checkpoint, run.results) == (None, None)
+    assert not run.path.exists()
+    run.claim()
     assert json.loads((run.path / "run.json").read_text()) == ARGUMENTS
 
 
 def test_the_same_command_finds_its_last_complete_checkpoint(tmp_path):
-    run = RunFolder.claim(tmp_path / "run", ARGUMENTS)
+    run = claimed(tmp_path / "run", ARGUMENTS)
     make_checkpoint(run.path, 20)
     complete = make_checkpoint(run.path, 100)
     make_checkpoint(run.path, 120, complete=False)
-    assert RunFolder.claim(run.path, dict(ARGUMENTS)).checkpoint == complete
+    assert RunFolder.open(run.path, dict(ARGUMENTS)).checkpoint == complete
     assert last_checkpoint(tmp_path) is None
 
 
 def test_a_finished_run_is_found(tmp_path):
-    run = RunFolder.claim(tmp_path / "run", ARGUMENTS)
+    run = claimed(tmp_path / "run", ARGUMENTS)
 
     def write_model(folder):
         from pathlib import Path
@@ -45,7 +50,7 @@ def test_a_finished_run_is_found(tmp_path):
         (Path(folder) / "model.safetensors").write_bytes(b"weights")
 
     run.save(write_model, {"score": 1})
-    found = RunFolder.claim(run.path, ARGUMENTS)
+    found = RunFolder.open(run.path, ARGUMENTS)
     assert found.results == {"score": 1}
     assert sorted(path.name for path in run.path.iterdir()) == ["model.safetensors", "results.json", "run.json"]
 
@@ -53,8 +58,8 @@ def test_a_finished_run_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda p: RunFolder.claim(p, {**ARGUMENTS, "num_experts": 4}), r"another run \(num_experts: 4 there, 8 now\)"),
-        (lambda p: RunFolder.claim(p, {**ARGUMENTS, "seed": 1}), r"another run \(seed: 1 there, - now\)"),
+        (lambda p: claimed(p, {**ARGUMENTS, "num_experts": 4}), r"another run \(num_experts: 4 there, 8 now\)"),
+        (lambda p: claimed(p, {**ARGUMENTS, "seed": 1}), r"another run \(seed: 1 there, - now\)"),
         (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("dear reader")), "holds other files and no run.json"),
         (lambda p: p.write_text("a file"), "is a file; name another"),
         (lambda p: (p.mkdir(), (p / "run.json").write_text("{")), "cannot be read"),
@@ -65,5 +70,5 @@ def test_what_is_there_is_refused_and_left_alone(tmp_path, prepare, message):
     prepare(tmp_path / "run")
     before = files(tmp_path)
     with pytest.raises(ValueError, match=message):
-        RunFolder.claim(tmp_path / "run", ARGUMENTS)
+        RunFolder.open(tmp_path / "run", ARGUMENTS)
     assert files(tmp_path) == before

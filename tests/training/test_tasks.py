@@ -1,14 +1,13 @@
 """The tasks: their texts, their splits, real GLUE files, and what is said about files that are wrong."""
 
+import logging
 import math
 import os
-import types
 from pathlib import Path
 
 import datasets
 import pytest
 
-from mpoe.training import tasks
 from mpoe.training.metrics import METRICS
 from mpoe.training.tasks import TASKS, get_task, load_task
 
@@ -26,7 +25,10 @@ HEADERS = {
     "rte": ["index", "sentence1", "sentence2", "label"],
     "wnli": ["index", "sentence1", "sentence2", "label"],
     "sentiment": ["sentence", "label"],
-}
+} | {
+    name: [*task.columns, "label"] for name, task in TASKS.items()
+    if not task.file_columns and task.hub and task.hub != "nyu-mll/glue"
+}  # fmt: skip
 # A line of each task as GLUE's files have it, and what becomes of it.
 EXAMPLES = {
     "cola": (["gj04", "0", "*", 'They "drank the pub.'], 'cola sentence: They "drank the pub.', "0"),
@@ -40,6 +42,77 @@ EXAMPLES = {
     "rte": (["0", "A.", "B.", "entailment"], "rte sentence1: A. sentence2: B.", "0"),
     "wnli": (["0", "A.", "B.", "1"], "wnli sentence1: A. sentence2: B.", "1"),
     "sentiment": (["Fine.", "1"], "sentiment sentence: Fine.", "positive"),
+    "imdb": (["Fine.", "1"], "imdb Fine.", "1"),
+    "yelp_polarity": (["Awful.", "0"], "yelp_polarity sentence: Awful.", "0"),
+    "trec": (["Who?", "5"], "trec sentence: Who?", "5"),
+    "paws": (["A.", "B.", "1"], "paws sentence1: A. sentence2: B.", "1"),
+    "sick": (["A.", "B.", "2"], "sick premise: A. hypothesis: B.", "2"),
+    "scitail": (["A.", "B.", "1"], "scitail sentence1: A. sentence2: B.", "1"),
+    "snli": (["A.", "B.", "2"], "snli premise: A. hypothesis: B.", "2"),
+    "boolq": (["is it", "It is.", "1"], "boolq question: is it passage: It is.", "1"),
+    "cb": (["A.", "B.", "2"], "cb premise: A. hypothesis: B.", "2"),
+    "superglue-rte": (["A.", "B.", "1"], "superglue-rte premise: A. hypothesis: B.", "1"),
+    "commonsense_qa": (["Where?", "a", "b", "c", "d", "e", "4"],
+                       "commonsense_qa question: Where? A: a B: b C: c D: d E: e", "4"),
+    "social_i_qa": (["Why?", "He ran.", "x", "y", "z", "2"],
+                    "social_i_qa question: Why? context: He ran. answerA: x answerB: y answerC: z", "2"),
+    "cosmos_qa": (["Why?", "He ran.", "w", "x", "y", "z", "3"],
+                  "cosmos_qa question: Why? context: He ran. answer0: w answer1: x answer2: y answer3: z", "3"),
+    "winogrande": (["_ ran.", "He", "She", "2"], "winogrande sentence: _ ran. option1: He option2: She", "2"),
+    "hellaswag": (["He", "a", "b", "c", "d", "3"],
+                  "hellaswag ctx: He ending0: a ending1: b ending2: c ending3: d", "3"),
+    "wmt16-en-ro": (["Hi {x}.", " Salut."], "Translate English to Romanian Hi {x}.", "Salut."),
+    "wmt16-ro-en": (["Salut.", "Hi."], "Translate Romanian to English Salut.", "Hi."),
+    "wmt16-en-cs": (["Hi.", "Ahoj."], "Translate English to Czech Hi.", "Ahoj."),
+    "wmt16-en-fi": (["Hi.", "Hei."], "Translate English to Finnish Hi.", "Hei."),
+    "wmt14-hi-en": (["Hi.", "नमस्ते।"], "Translate English to Hindi Hi.", "नमस्ते।"),
+    "iwslt2017-en-nl": (["Hi.", "Hoi."], "Translate English to Dutch Hi.", "Hoi."),
+    "iwslt2017-ro-nl": (["Salut.", "Hoi."], "Translate Romanian to Dutch Salut.", "Hoi."),
+}  # fmt: skip
+
+PAIR, NLI = {"sentence1": "A.", "sentence2": "B."}, {"premise": "A.", "hypothesis": "B."}
+# Dataset, configuration and development split of each task on the hub, and the row of EXAMPLES in the columns there.
+HUB_ROWS = {
+    "cola": ("nyu-mll/glue", "cola", "validation", {"sentence": 'They "drank the pub.', "label": 0}),
+    "sst2": ("nyu-mll/glue", "sst2", "validation", {"sentence": "a charming journey . ", "label": 1}),
+    "mrpc": ("nyu-mll/glue", "mrpc", "validation", {"sentence1": 'He said " no', "sentence2": "No .", "label": 1}),
+    "qqp": ("nyu-mll/glue", "qqp", "validation", {"question1": "Why?", "question2": "", "label": 0}),
+    "stsb": ("nyu-mll/glue", "stsb", "validation", {"sentence1": "A {man}.", "sentence2": "A dog.", "label": 3.75}),
+    "mnli": ("nyu-mll/glue", "mnli", "validation_matched",
+             {"premise": "It rains.", "hypothesis": "It is dry.", "label": 2}),
+    "qnli": ("nyu-mll/glue", "qnli", "validation", {"question": "Who?", "sentence": "Me.", "label": 1}),
+    "rte": ("nyu-mll/glue", "rte", "validation", PAIR | {"label": 0}),
+    "wnli": ("nyu-mll/glue", "wnli", "validation", PAIR | {"label": 1}),
+    "imdb": ("stanfordnlp/imdb", None, "test", {"text": "Fine.", "label": 1}),
+    "yelp_polarity": ("fancyzhx/yelp_polarity", None, "test", {"text": "Awful.", "label": 0}),
+    "trec": ("CogComp/trec", None, "test", {"text": "Who?", "coarse_label": 5, "fine_label": 49}),
+    "paws": ("google-research-datasets/paws", "labeled_final", "test", PAIR | {"id": 7, "label": 1}),
+    "sick": ("RobZamp/sick", None, "test", {"sentence_A": "A.", "sentence_B": "B.", "label": 2, "entailment_AB": "x"}),
+    "scitail": ("allenai/scitail", "snli_format", "test", PAIR | {"gold_label": "neutral", "sentence1_parse": "x"}),
+    "snli": ("stanfordnlp/snli", None, "test", NLI | {"label": 2}),
+    "boolq": ("aps/super_glue", "boolq", "validation", {"question": "is it", "passage": "It is.", "label": 1}),
+    "cb": ("aps/super_glue", "cb", "validation", NLI | {"label": 2}),
+    "superglue-rte": ("aps/super_glue", "rte", "validation", NLI | {"label": 1}),
+    "commonsense_qa": ("tau/commonsense_qa", None, "validation",
+                       {"question": "Where?", "answerKey": "E",
+                        "choices": {"label": list("ABCDE"), "text": list("abcde")}}),
+    "social_i_qa": ("allenai/social_i_qa", None, "validation",
+                    {"context": "He ran.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z",
+                     "label": "3\n"}),
+    "cosmos_qa": ("allenai/cosmos_qa", None, "validation",
+                  {"context": "He ran.", "question": "Why?", "answer0": "w", "answer1": "x", "answer2": "y",
+                   "answer3": "z", "label": 3}),
+    "winogrande": ("allenai/winogrande", "winogrande_l", "validation",
+                   {"sentence": "_ ran.", "option1": "He", "option2": "She", "answer": "2"}),
+    "hellaswag": ("Rowan/hellaswag", None, "validation",
+                  {"ctx": "He", "ctx_a": "x", "endings": list("abcd"), "label": "3"}),
+    "wmt16-en-ro": ("wmt/wmt16", "ro-en", "test", {"translation": {"en": "Hi {x}.", "ro": "Salut."}}),
+    "wmt16-ro-en": ("wmt/wmt16", "ro-en", "test", {"translation": {"en": "Hi.", "ro": "Salut."}}),
+    "wmt16-en-cs": ("wmt/wmt16", "cs-en", "test", {"translation": {"cs": "Ahoj.", "en": "Hi."}}),
+    "wmt16-en-fi": ("wmt/wmt16", "fi-en", "test", {"translation": {"en": "Hi.", "fi": "Hei."}}),
+    "wmt14-hi-en": ("wmt/wmt14", "hi-en", "test", {"translation": {"en": "Hi.", "hi": "नमस्ते।"}}),
+    "iwslt2017-en-nl": ("IWSLT/iwslt2017", "iwslt2017-en-nl", "test", {"translation": {"en": "Hi.", "nl": "Hoi."}}),
+    "iwslt2017-ro-nl": ("IWSLT/iwslt2017", "iwslt2017-ro-nl", "test", {"translation": {"ro": "Salut.", "nl": "Hoi."}}),
 }  # fmt: skip
 
 
@@ -72,6 +145,7 @@ def test_a_line_of_the_file_becomes_source_and_target(name, tmp_path):
 def test_every_target_parses_to_its_class(name):
     task = TASKS[name]
     assert set(task.metrics) <= set(METRICS)
+    assert bool(task.labels) == (task.kind == "classes")
     for index, text in enumerate(task.labels):
         assert task.target({"label": index}) == text
         assert task.parse(f" {text}\n") == index
@@ -93,15 +167,23 @@ def test_scores_are_rounded_to_a_fifth_and_parse_within_the_scale():
     assert all(math.isnan(stsb.parse(text)) for text in ("5.2", "-0.2", "four", "", "nan", "inf", "1 2"))
 
 
+@pytest.mark.parametrize("text", ["Salut.", "0", "", "a  b"])
+def test_a_translation_parses_to_itself(text):
+    task = TASKS["wmt16-en-ro"]
+    assert task.parse(f" {text}\n") == task.target({"label": f"{text} "}) == text
+
+
 def test_headline_metrics():
     headline = {name: task.metrics[0] for name, task in TASKS.items()}
-    assert headline == dict.fromkeys(TASKS, "accuracy") | {"cola": "matthews", "stsb": "pearson"}
+    translations = dict.fromkeys([name for name in TASKS if name.startswith(("wmt", "iwslt"))], "bleu")
+    assert len(translations) == 7
+    assert headline == dict.fromkeys(TASKS, "accuracy") | {"cola": "matthews", "stsb": "pearson"} | translations
 
 
 def test_task_names_are_found_in_any_case():
     assert get_task("CoLA") is TASKS["cola"]
-    with pytest.raises(ValueError, match=r"one of cola, sst2, mrpc, .*; got 'imdb'"):
-        get_task("imdb")
+    with pytest.raises(ValueError, match=r"one of cola, sst2, mrpc, .*, or a .yaml file that .*; got 'imdb2'"):
+        get_task("imdb2")
 
 
 @pytest.mark.parametrize("name", ["cola", "mrpc", "stsb", "rte", "wnli"])
@@ -211,16 +293,83 @@ def test_without_the_hub_a_folder_is_asked_for():
     expect_error("sentiment is not on the hub: .*sentiment/ with --data_dir", "sentiment", None)
 
 
-def test_rows_of_the_hub(monkeypatch):
-    def load_dataset(path, name, split):
-        assert (path, name, split) == ("nyu-mll/glue", "mnli", ["train", "validation_matched"])
-        rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 3, "idx": i} for i in range(10)]
-        return [datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:4])]
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.hub_is_script])
+def test_a_dataset_that_is_a_script_is_said_to_be_one(name):
+    hub = HUB_ROWS[name][0]
+    expect_error(rf"{hub}.* could not .*a loading script there, which.*{name}/train.tsv.*--data_dir", name, None)
 
-    monkeypatch.setattr(tasks, "datasets", types.SimpleNamespace(Dataset=datasets.Dataset, load_dataset=load_dataset))
-    data = load_task(TASKS["mnli"], None, seed=0)
-    assert [len(getattr(data, split)) for split in SPLITS] == [9, 1, 4, 4]
-    assert data.dev[2] == {"source": "mnli premise: p2 hypothesis: h", "target": "2"}
+
+def serve_hub(monkeypatch, train, dev, features=None):
+    """Have the hub answer with these rows; the list that is returned fills with what it is asked for."""
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, *split))
+        parts = [datasets.Dataset.from_list(rows, features=features) for rows in (train, dev)]
+        return parts[: len(split)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.hub])
+def test_a_row_of_the_hub_becomes_source_and_target(name, monkeypatch):
+    hub, config, dev_split, row = HUB_ROWS[name]
+    asked = serve_hub(monkeypatch, [row] * 10, [row] * 4)
+    data = load_task(TASKS[name], None, seed=0)
+    assert asked == [(hub, config, "train", dev_split)]
+    _, source, target = EXAMPLES[name]
+    assert data.dev[2] == data.train[0] == {"source": source, "target": target}
+    assert [len(getattr(data, split)) for split in SPLITS] == ([10, 2, 2, 4] if TASKS[name].is_small else [9, 1, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("scitail", ["entailment", "neutral"]), ("commonsense_qa", "ABCDE"), ("social_i_qa", "123")]
+)
+def test_label_words_of_the_hub_become_the_index(name, words, monkeypatch):
+    *_, row = HUB_ROWS[name]
+    column = TASKS[name].hub_columns.get("label", "label")
+    serve_hub(monkeypatch, [row] * 10, [row | {column: word} for word in words])
+    assert list(load_task(TASKS[name], None, seed=0).dev["target"]) == [str(i) for i in range(len(words))]
+
+
+def test_rows_without_a_label_are_left_out_and_counted(monkeypatch, tmp_path, caplog):
+    row = {"premise": "A.", "hypothesis": "B."}
+    labels = [0, -1, 2, 1, -1, -1]
+    serve_hub(monkeypatch, [row | {"label": label} for label in labels], [row | {"label": 1}] * 2)
+    with caplog.at_level(logging.WARNING):
+        data = load_task(TASKS["snli"], None, seed=0)
+    assert sorted([*data.train["target"], *data.validation["target"]]) == ["0", "1", "2"]
+    assert caplog.messages == ["task snli: 3 of 6 rows have no label and are left out"]
+    write_task(tmp_path, "snli")
+    write(tmp_path / "snli/dev.tsv", [HEADERS["snli"], ["A.", "B.", "-1"], ["A.", "B.", "0"]])
+    assert list(load_task(TASKS["snli"], str(tmp_path), seed=0).test["target"]) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cb", {"label": -1}, r"super_glue \(cb\), row 1 of validation: the label must be one of 0, 1, 2; got '-1'"),
+        ("cb", {"premise": None}, r"super_glue \(cb\), row 1 of validation: column premise must be text; got None"),
+        ("scitail", {"gold_label": "maybe"}, r"row 1 of test: the label must be one of entailment, neutral; got 'ma"),
+        (
+            "hellaswag",
+            {"endings": ["a"]},
+            r"hellaswag, row 1 of val.*: the row must have endings.1; got ctx, ctx_a, en",
+        ),
+        ("wmt16-en-ro", {"translation": {"en": "Hi.", "ro": None}}, r"row 1 of test: the label must be text; got None"),
+        ("stsb", {"label": -1.0}, r"row 1 of validation: the score must be a number from 0 to 5; got '-1.0'"),
+    ],
+)
+def test_a_bad_row_of_the_hub_is_named(name, change, message, monkeypatch):
+    *_, row = HUB_ROWS[name]
+    serve_hub(monkeypatch, [row] * 10, [row, row | change])
+    expect_error(message, name, None)
+
+
+def test_a_column_that_the_hub_lacks_is_named(monkeypatch):
+    serve_hub(monkeypatch, [{"text": "a", "label": 1}] * 3, [{"text": "a", "label": 1}] * 3)
+    expect_error(r"glue \(sst2\), row 0 of train: the row must have sentence; got text, label", "sst2", None)
 
 
 def test_a_row_without_a_label_is_refused():

@@ -17,10 +17,16 @@ from transformers import set_seed
 from mpoe.cli.assets import sentiment_data, t5_checkpoint
 from mpoe.config import MPOEConfig
 from mpoe.models import mixtures
-from mpoe.report import usage_table
-from mpoe.training.arguments import STACKS_FOR_LABELS, FinetuneTrainingArguments, ModelArguments
+from mpoe.report import router_table
+from mpoe.training.arguments import (
+    STACKS_FOR_LABELS,
+    DataArguments,
+    FinetuneTrainingArguments,
+    ModelArguments,
+    TrainableArguments,
+)
 from mpoe.training.finetune import FinetuneResult, finetune, load_model
-from mpoe.training.run_folder import RunFolder
+from mpoe.training.run_folder import RunFolder, read_json, write_json
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.trainer import build_trainer, evaluate, tokenize
 
@@ -62,8 +68,8 @@ def run(argv: Sequence[str]) -> None:
         f"({len(data.train):,} rows), and test it on {len(data.test):,} held-out rows\n"
         f"4. save it to {args.output_dir}, load it in a new process and label three sentences\n"
     )
-    folders = {name: _claim(name, args) for name in variants}
-    before = _accuracy_before(ModelArguments(model_dir), task, data, args)
+    folders = {name: _open(name, args) for name in variants}
+    before = _accuracy_before(folders, ModelArguments(model_dir), task, data, args)
     console.print(f"{task.metrics[0]} before fine-tuning: [bold]{before:.1%}[/bold]\n")
     results = {}
     for name, config in variants.items():
@@ -115,18 +121,27 @@ def _training_arguments(output_dir: Path, args: argparse.Namespace) -> FinetuneT
     )
 
 
-def _accuracy_before(model_args: ModelArguments, task: Task, data: TaskData, args: argparse.Namespace) -> float:
+def _accuracy_before(
+    folders: dict[str, RunFolder], model_args: ModelArguments, task: Task, data: TaskData, args: argparse.Namespace
+) -> float:
+    """Measured once; the folder of the first run keeps it."""
+    folder = next(iter(folders.values()))
+    known = folder.path / "before.json"
+    if known.is_file():
+        return read_json(known)[task.metrics[0]]
     model, tokenizer = load_model(model_args, None)
     test = tokenize(data.test, tokenizer, max_source_length=128)
     training_args = _training_arguments(Path(args.output_dir), args)
     training_args.generation_max_length = 8
-    trainer = build_trainer(model, tokenizer, task, training_args, test, test, [])
-    return evaluate(trainer, test, task, tokenizer).metrics(task)[task.metrics[0]]
+    metrics = evaluate(build_trainer(model, tokenizer, training_args, None, []), test, task, tokenizer).metrics(task)
+    folder.claim()
+    write_json(known, metrics)
+    return metrics[task.metrics[0]]
 
 
-def _claim(name: str, args: argparse.Namespace) -> RunFolder:
+def _open(name: str, args: argparse.Namespace) -> RunFolder:
     what = {key: value for key, value in vars(args).items() if key not in ("compare", "output_dir")}
-    return RunFolder.claim(Path(args.output_dir) / name, {**what, "variant": name})
+    return RunFolder.open(Path(args.output_dir) / name, {**what, "variant": name})
 
 
 def _finetune(
@@ -139,10 +154,12 @@ def _finetune(
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run: resuming from {folder.checkpoint}")
     set_seed(args.seed)
-    model, tokenizer = load_model(ModelArguments(model_dir, args.num_experts, freeze_embeds=True), config)
+    model_args = ModelArguments(model_dir, num_experts=args.num_experts)
+    model, tokenizer = load_model(model_args, config, TrainableArguments(freeze_embeds=True))
     if config is not None:
         console.print(f"upcycled {len(mixtures(model))} feed-forward layers")
-    return finetune(model, tokenizer, task, data, _training_arguments(folder.path, args), folder)
+    training_args = _training_arguments(folder.path, args)
+    return finetune(model, tokenizer, {task.name: (task, data)}, training_args, folder, DataArguments([task.name]))
 
 
 def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:
@@ -152,7 +169,7 @@ def _print_results(console: Console, task: Task, before: float, results: dict[st
     for column in ("", "before", "after", "cross-entropy", "parameters", "s a step"):
         table.add_column(column, justify="right" if column else "left")
     for name, result in results.items():
-        scores = result.metrics["test"]
+        scores = result.tasks[task.name]["test"]
         pace = "-" if result.seconds_per_step is None else f"{result.seconds_per_step:.2f}"
         table.add_row(
             VARIANTS[name], f"{before:.1%}", f"{scores[metric]:.1%}", f"{scores['cross_entropy']:.3f}",
@@ -164,7 +181,7 @@ def _print_results(console: Console, task: Task, before: float, results: dict[st
         f"parameters: dense {count.dense / 1e6:.1f} M, MPOE {count.total / 1e6:.1f} M, "
         f"the same mixture with whole experts {count.whole_experts / 1e6:.1f} M\n"
     )
-    console.print(usage_table(results["mpoe"].expert_shares))
+    console.print(router_table(results["mpoe"].routers))
 
 
 def _label_in_new_process(console: Console, task: Task, model_dir: Path) -> None:

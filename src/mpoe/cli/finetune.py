@@ -1,26 +1,28 @@
-"""`mpoe finetune`: one model, one task, one command; interrupted, the same command resumes it."""
+"""`mpoe finetune`: one model, one task or several, one command; interrupted, the same command resumes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 from transformers import set_seed
 
 from mpoe.cli.parsing import parse
-from mpoe.models import mixtures
-from mpoe.report import metrics_table, parameter_table, usage_table
+from mpoe.models import is_upcycled, mixtures
+from mpoe.report import metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
     DataArguments,
     FinetuneTrainingArguments,
     MixtureArguments,
     ModelArguments,
+    TrainableArguments,
 )
-from mpoe.training.finetune import FinetuneResult, finetune, load_model
+from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune, load_model
+from mpoe.training.optimizer import trained_parts
 from mpoe.training.run_folder import RunFolder
-from mpoe.training.tasks import get_task, load_task
+from mpoe.training.tasks import Task, TaskData, get_task, load_task
 
 # They change what is shown or where, not what is computed: not part of "the same command".
 _NOT_OF_THE_RUN = {"output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint"}
@@ -35,54 +37,93 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     Raises:
         ValueError: Wrong input.
     """
-    types = (ModelArguments, MixtureArguments, DataArguments, FinetuneTrainingArguments)
-    description = "Fine-tune a model on a text-to-text task, as a mixture of experts."
-    (model_args, mixture_args, data_args, args), given = parse("mpoe finetune", description, types, argv)
-    return run_with(model_args, mixture_args, data_args, args, given)
-
-
-def run_with(
-    model_args: ModelArguments,
-    mixture_args: MixtureArguments,
-    data_args: DataArguments,
-    args: FinetuneTrainingArguments,
-    given: dict[str, Any],
-) -> FinetuneResult:
-    """The same with parsed arguments.
-
-    Args:
-        model_args: Which model.
-        mixture_args: What it becomes.
-        data_args: Which task.
-        args: How it is trained.
-        given: What identifies the run: the same again resumes it.
-    """
-    console = Console()
-    config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
-    task = get_task(data_args.task)
-    data = load_task(task, data_args.data_dir, args.seed)
+    types = (ModelArguments, MixtureArguments, TrainableArguments, DataArguments, FinetuneTrainingArguments)
+    description = "Fine-tune a model on text-to-text tasks, as a mixture of experts."
+    (model_args, mixture_args, trainable, data_args, args), given = parse("mpoe finetune", description, types, argv)
     identity = {k: v for k, v in given.items() if k not in _NOT_OF_THE_RUN}
-    found = RunFolder.find(args.output_dir, identity)
-    if found is not None and found.results is not None:
-        console.print(f"Found a finished run of this command in {found.path}: nothing to do. Its results:")
-        result = FinetuneResult.from_dict(found.results)
+    console = Console()
+    folder = RunFolder.open(args.output_dir, identity)
+    if folder.results is not None:
+        console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
+        result = FinetuneResult.from_dict(folder.results)
     else:
-        set_seed(args.seed)
-        model, tokenizer = load_model(model_args, config)
-        folder = RunFolder.claim(args.output_dir, identity)  # only now: wrong input so far has written nothing
-        if folder.checkpoint is not None:
-            console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
-        kind = (
-            f"{len(mixtures(model))} feed-forward layers with {model_args.num_experts} experts" if config else "dense"
-        )
-        rows = f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test"
-        console.print(f"{model_args.model_name_or_path}: {kind}. Task {task.name}: {rows} rows.")
-        result = finetune(model, tokenizer, task, data, args, folder, data_args.max_source_length, data_args.n_train)
-    console.print(parameter_table({args.output_dir: result.parameters}))
-    if result.expert_shares:
-        console.print(usage_table(result.expert_shares))
-    console.print(metrics_table(result.metrics, title=f"{task.name} after {result.steps:,} steps"))
-    pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
-    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f}"
-    console.print(f"training loss {loss}{pace}; model, tokenizer and results.json in {args.output_dir}")
+        result = _finetune(model_args, mixture_args, trainable, data_args, args, folder, console)
+    _print_result(console, result, args.output_dir)
     return result
+
+
+def _finetune(
+    model_args: ModelArguments, mixture_args: MixtureArguments, trainable: TrainableArguments,
+    data_args: DataArguments, args: FinetuneTrainingArguments, folder: RunFolder, console: Console,
+) -> FinetuneResult:  # fmt: skip
+    config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
+    trainable.freezing()  # a wrong flag should not wait for data and weights
+    data = _load_tasks(data_args, args.seed)
+    set_seed(args.seed)
+    model, tokenizer = load_model(model_args, config, trainable)
+    if folder.checkpoint is not None:
+        console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
+    layers = mixtures(model)
+    kind = "MPOs without a mixture" if is_upcycled(model) else "dense"
+    if layers:
+        router = next(iter(layers.values())).router
+        experts = "" if router is None else f"{router.num_experts} experts, {router.top_k} for a token"
+        kind = f"{len(layers)} feed-forward layers with {experts}"
+    console.print(f"{model_args.model_name_or_path}: {kind}.")
+    for name in data:
+        console.print(_rows_of(name, data[name][1], data_args))
+    console.print(trained_table(trained_parts(model, args.learning_rate, trainable.mpo_lr)))
+    return finetune(model, tokenizer, data, args, folder, data_args, trainable)
+
+
+def _load_tasks(data_args: DataArguments, seed: int) -> dict[str, tuple[Task, TaskData]]:
+    """The rows of all tasks; the names in the arguments become the tasks' own."""
+    named = [get_task(name) for name in data_args.tasks]
+    evaluated = named if data_args.eval_tasks is None else [get_task(name) for name in data_args.eval_tasks]
+    data_args.tasks, data_args.eval_tasks = [task.name for task in named], [task.name for task in evaluated]
+    for flag, names in (("tasks", data_args.tasks), ("eval_tasks", data_args.eval_tasks)):
+        if len(set(names)) < len(names):
+            raise ValueError(f"{flag} must name every task once; got {', '.join(names)}")
+    tasks = {task.name: task for task in (*named, *evaluated)}
+    return {name: (task, load_task(task, data_args.data_dir, seed)) for name, task in tasks.items()}
+
+
+def _rows_of(name: str, data: TaskData, data_args: DataArguments) -> str:
+    counts = []
+    for split, rows, limit in (
+        ("training", data.train, data_args.n_train),
+        ("validation", data.validation, data_args.n_val),
+        ("test", data.test, data_args.n_test),
+    ):
+        taken = f"{limit:,} of " if 0 < limit < len(rows) else ""
+        counts.append(f"{taken}{len(rows):,} {split}")
+    halves = "; its development set is halved into validation and test" if data.dev_is_split else ""
+    return f"Task {name}: {', '.join(counts)} rows{halves}."
+
+
+def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> None:
+    console.print(parameter_table({output_dir: result.parameters}))
+    if result.routers:
+        console.print(router_table(result.routers))
+    for name, metrics in result.tasks.items():
+        console.print(metrics_table(metrics, title=f"{name} after {result.steps:,} steps (cross-entropy: nats a row)"))
+    if len(result.tasks) > 1:
+        console.print(
+            f"average of the tasks' first metrics: validation {result.average['validation']:.4f}, "
+            f"test {result.average['test']:.4f}"
+        )
+    if result.gradient_mask is not None:
+        drawn, discarded = result.gradient_mask["drawn"], result.gradient_mask["discarded"]
+        console.print(f"gradient mask: {discarded:,} of {drawn:,} updates of central tensors discarded")
+    pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
+    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f} nats a token"
+    console.print(
+        f"training loss {loss}{pace}, peak memory {result.peak_memory / 2**30:.1f} GiB; model, tokenizer and "
+        f"results.json in {output_dir}"
+    )
+    if result.adapter_bytes is not None:
+        full = sum(file.stat().st_size for file in Path(output_dir).glob("*.safetensors"))
+        console.print(
+            f"adapter in {Path(output_dir) / ADAPTER_FOLDER}: {result.adapter_bytes / 1e6:.1f} MB instead of the "
+            f"model's {full / 1e6:.1f} MB"
+        )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, T5Config
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
-from mpoe.models import clear_load_errors, count_parameters, mixtures
+from mpoe.models import clear_load_errors, count_parameters, read_config
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules
 from mpoe.nn import MPOExperts
@@ -40,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     """
     description = "Count the parameters of a mixture, without building it."
     (args, mixture_args), _ = parse("mpoe inspect", description, (InspectArguments, MixtureArguments), argv)
-    config = _read_config(args.config)
+    config = read_config(args.config)
     saved = getattr(config, "quantization_config", None)
     columns: dict[str, MPOEConfig | None] = {"dense": None}
     if saved is not None:
@@ -52,23 +51,16 @@ def run(argv: Sequence[str]) -> None:
     console.print(
         parameter_table({name: count_parameters(m) for name, m in models.items()}, f"{args.config}, millions")
     )
-    shapes = {}
-    for layer in mixtures(list(models.values())[-1]).values():
-        for experts in filter(None, (layer.up, layer.gate, layer.down)):
-            if isinstance(experts, MPOExperts):
-                shapes[experts.dims] = experts.dims.bond_dims(experts.max_bond_dim)
+    shapes = {
+        experts.dims: experts.dims.bond_dims(experts.max_bond_dim)
+        for experts in list(models.values())[-1].modules()
+        if isinstance(experts, MPOExperts)
+    }
     for dims, bonds in shapes.items():
         note = f" ({dims.note})" if dims.note else ""
         console.print(
             f"{dims.out_features}×{dims.in_features}: sites {dims.out_dims} × {dims.in_dims}, bonds {bonds}{note}"
         )
-
-
-def _read_config(name: str) -> PreTrainedConfig:
-    if name in T5_SIZES and not Path(name).exists():
-        return T5Config.from_dict({"vocab_size": 32128, **T5_SIZES[name]})
-    with clear_load_errors(name):
-        return AutoConfig.from_pretrained(name)
 
 
 def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrainedModel:

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
+    "compare": "put finished runs into one table: mpoe compare runs/dense runs/mpoe",
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
     "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",
+    "import-reference": "read a checkpoint of the paper's own code: mpoe import-reference FILE --output_dir OUT",
     "inspect": "count a mixture's parameters without building it: mpoe inspect --config t5-base --num_experts 8 16",
     "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
 }
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mpoe COMMAND [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]\n\ncommands:")
         for name, purpose in COMMANDS.items():
-            print(f"  {name:<9} {purpose}")
+            print(f"  {name:<16} {purpose}")
         print("\nmpoe COMMAND --help lists a command's flags; mpoe --version prints the version.")
         return 0 if argv else 2
     if argv[0] == "--version":
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in every worker process
     try:
         _quiet_libraries()
-        importlib.import_module(f"mpoe.cli.{argv[0]}").run(argv[1:])
+        importlib.import_module(f"mpoe.cli.{argv[0].replace('-', '_')}").run(argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("MPOE_DEBUG"):
             raise

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+# What the reference's commands and config files say otherwise, for HfArgumentParser's own names.
+RENAMED = {
+    "task": "tasks",
+    "evaluation_strategy": "eval_strategy",
+    "label_smoothing": "label_smoothing_factor",
+    "eval_beams": "generation_num_beams",
+}
+# What they say that has no counterpart here, and why: it is accepted, and the reason is printed.
+WITHOUT_EFFECT = {
+    "overwrite_output_dir": "a finished run is never overwritten, an interrupted one is resumed",
+    "do_test": "the test rows are always scored",
+    "split_validation_test": "validation and test rows are always kept apart",
+    "val_max_target_length": "answers may be as long as the longest target; generation_max_length is another limit",
+    "test_max_target_length": "answers may be as long as the longest target; generation_max_length is another limit",
+    "ignore_pad_token_for_loss": "padding never counts in the loss",
+    "compute_time": "time, memory and parameters are always reported",
+    "compute_memory": "time, memory and parameters are always reported",
+    "print_num_parameters": "time, memory and parameters are always reported",
+    "task_embedding_dim": "it is about the reference's adapters, which this method does not use",
+    "non_linearity": "it is about the reference's adapters, which this method does not use",
+}
 
 
 def parse(
@@ -31,9 +54,9 @@ def parse(
     parser = HfArgumentParser(dataclasses, prog=prog, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
     parser.error = _raise_error  # one line instead of a usage of a hundred flags
-    argv = list(argv)
+    argv = _without_effect(_renamed_flags(argv))
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        _set_defaults(parser, _read_config(Path(argv.pop(0))))
+        _set_defaults(parser, _renamed_keys(_read_config(Path(argv.pop(0)))))
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"unknown arguments {unknown}; {prog} --help lists the flags")
@@ -54,14 +77,55 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def _renamed_flags(argv: Sequence[str]) -> list[str]:
+    renamed = []
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        known = word.startswith("--") and name in RENAMED
+        renamed.append(f"--{RENAMED[name]}{equals}{value}" if known else word)
+    return renamed
+
+
+def _without_effect(argv: list[str]) -> list[str]:
+    """Flags without the ones that say nothing here, nor their values."""
+    kept: list[str] = []
+    dropping = False
+    for word in argv:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            dropping = name in WITHOUT_EFFECT
+            if dropping:
+                _explain(name)
+        if not dropping:
+            kept.append(word)
+        dropping = dropping and not equals
+    return kept
+
+
+def _renamed_keys(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values.keys() & WITHOUT_EFFECT.keys():
+        _explain(name)
+    return {RENAMED.get(name, name): value for name, value in values.items() if name not in WITHOUT_EFFECT}
+
+
+def _explain(name: str) -> None:
+    print(f"note: {name} has no effect: {WITHOUT_EFFECT[name]}", file=sys.stderr)
+
+
 def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
         raise ValueError(f"unknown config keys {unknown}; {parser.prog} --help lists the flags, which are the keys")
     for name, value in values.items():
-        # argparse reads strings as it reads flags ("1e-4"); a mapping is for a flag that takes JSON
-        parser.set_defaults(**{name: json.dumps(value) if isinstance(value, dict) else value})
+        # argparse reads strings as it reads flags ("1e-4")
+        if isinstance(value, dict):  # a flag that takes JSON
+            value = json.dumps(value)
+        elif actions[name].nargs == "+" and not isinstance(value, list | None):
+            value = [value]
+        elif actions[name].nargs != "+" and isinstance(value, list):  # a flag that takes a comma list
+            value = ",".join(map(str, value))
+        parser.set_defaults(**{name: value})
         actions[name].required = False
 
 

@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, cast
 
-from mpoe.models import from_pretrained, load_tokenizer
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mpoe.models import clear_load_errors, from_pretrained, load_adapter, load_tokenizer
+from mpoe.models.adapter import base_of_adapter, is_adapter
 from mpoe.training.tasks import get_task
 
 
@@ -20,7 +23,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: Not a mixture's folder, an unknown task, or a task of several texts.
     """
     parser = argparse.ArgumentParser(prog="mpoe predict", description="Let a fine-tuned mixture answer.")
-    parser.add_argument("model", help="folder that mpoe finetune wrote")
+    parser.add_argument("model", help="folder that mpoe finetune wrote, or the adapter's folder in it")
     parser.add_argument("text", nargs="+", help="texts to answer")
     parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
     args = parser.parse_args(argv)
@@ -33,10 +36,18 @@ def run(argv: Sequence[str]) -> None:
                 f"source yourself, like {task.source(dict.fromkeys(task.columns, '...'))!r}"
             )
         sources = [task.source({task.columns[0]: text}) for text in args.text]
-    model = from_pretrained(args.model)
-    tokenizer = load_tokenizer(args.model)
+    model, tokenizer = _load(args.model)
     batch = tokenizer(sources, return_tensors="pt", padding=True)
-    generated = cast(Any, model).generate(**batch, max_new_tokens=32)
+    generated = cast(Any, model).generate(**batch, max_new_tokens=128)
     answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
     for text, answer in zip(args.text, answers, strict=True):
         print(f"{answer}\t{text}")
+
+
+def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not is_adapter(path):
+        return from_pretrained(path), load_tokenizer(path)
+    base = base_of_adapter(path)
+    with clear_load_errors(base):
+        model = AutoModelForSeq2SeqLM.from_pretrained(base)
+    return load_adapter(model, path).eval(), load_tokenizer(base)

@@ -1,22 +1,41 @@
 """Everything about Transformers models: where their parts are, upcycling, saving and loading."""
 
-from mpoe.models.checkpoint import clear_load_errors, from_pretrained, load_tokenizer
+from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
+from mpoe.models.checkpoint import clear_load_errors, from_pretrained, load_tokenizer, read_config
 from mpoe.models.families import FAMILIES, find_feed_forwards
-from mpoe.models.inspect import ParameterCount, count_parameters, expert_shares, reset_usage
-from mpoe.models.router_loss import mixtures, take_router_loss
+from mpoe.models.inspect import (
+    ParameterCount,
+    component_modules,
+    count_parameters,
+    expert_shares,
+    is_upcycled,
+    reset_usage,
+    router_statistics,
+)
+from mpoe.models.router_loss import mixtures, mpoe_config, routers, take_router_loss
 from mpoe.models.upcycle import upcycle
 
 __all__ = [
     "FAMILIES",
     "ParameterCount",
+    "active_adapter",
     "clear_load_errors",
+    "component_modules",
     "count_parameters",
     "expert_shares",
     "find_feed_forwards",
     "from_pretrained",
+    "is_upcycled",
+    "load_adapter",
     "load_tokenizer",
     "mixtures",
+    "mpoe_config",
+    "read_config",
     "reset_usage",
+    "router_statistics",
+    "routers",
+    "save_adapter",
+    "set_adapter",
     "take_router_loss",
     "upcycle",
 ]

@@ -14,12 +14,20 @@ from typing import Any, cast
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpoe.config import MPOEConfig
+from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules, upcycle
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -49,10 +57,11 @@ class MPOEQuantizer(HfQuantizer):
         config = cast(MPOEConfig, self.quantization_config)
         # A model marked as quantized refuses .float(), .half() and casts. This one holds ordinary weights.
         self.remove_quantization_config(model)
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            model.config.quantization_config = config
+        else:
             upcycle(model, config)
-        model.config.quantization_config = config
-        _align(model)
+        align(model)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,11 +74,14 @@ class MPOEQuantizer(HfQuantizer):
         return True
 
 
-def _align(model: PreTrainedModel) -> None:
+def align(model: PreTrainedModel) -> None:
     """Give CPU weights that were mapped from a file memory of their own.
 
     A tensor in a safetensors file begins at any multiple of 8 bytes, torch's own at multiples of 64, and matrix kernels
     sum in another order where the alignment differs: the same weights would give logits that differ in the last bits.
+
+    Args:
+        model: Its parameters and buffers are moved in place.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -97,6 +109,21 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     with clear_load_errors(path):
         return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a model, without its weights.
+
+    Args:
+        name: A key of T5_SIZES, a folder with a config.json, or a name on the hub.
+
+    Raises:
+        ValueError: None of these.
+    """
+    if name in T5_SIZES and not Path(name).exists():
+        return T5Config.from_dict({"vocab_size": 32128, "decoder_start_token_id": 0, **T5_SIZES[name]})
+    with clear_load_errors(name):
+        return AutoConfig.from_pretrained(name)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

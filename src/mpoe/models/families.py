@@ -1,4 +1,4 @@
-"""Where each family of models keeps its feed-forward networks: one row a family.
+"""Where each family of models keeps its feed-forward networks, attention and word embedding: one row a family.
 
 A new family is a new row; nothing else needs to know its name.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -35,12 +36,49 @@ class FeedForwardNames:
     dropout: str = "dropout"
 
 
-_T5_PATH = r"(?:^|\.)(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.\d+\.DenseReluDense$"
+@dataclass(frozen=True)
+class EmbeddingNames:
+    """Regular expressions for the full names of the modules that a word embedding is made of.
 
-FAMILIES: dict[str, tuple[FeedForwardNames, ...]] = {
-    "t5": (
-        FeedForwardNames(_T5_PATH, up="wi_1", gate="wi_0", down="wo"),  # v1.1, flan
-        FeedForwardNames(_T5_PATH, up="wi", down="wo"),  # v1.0
+    Attributes:
+        table: The embedding.
+        users: Other modules that look words up in the same table.
+        head: The language-model head, with or without a matrix of its own.
+    """
+
+    table: str
+    users: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the models of one family keep their parts.
+
+    Attributes:
+        feed_forwards: One for every kind of feed-forward module.
+        attention: Regular expression for the full names of the attention's linear layers, with groups `stack` and
+            `block`; None if it is not known.
+        word_embed: None if it is not known.
+    """
+
+    feed_forwards: tuple[FeedForwardNames, ...]
+    attention: str | None = None
+    word_embed: EmbeddingNames | None = None
+
+
+_T5_LAYER = r"(?:^|\.)(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.\d+"
+
+FAMILIES: dict[str, Family] = {
+    "t5": Family(
+        feed_forwards=(
+            FeedForwardNames(_T5_LAYER + r"\.DenseReluDense$", up="wi_1", gate="wi_0", down="wo"),  # v1.1, flan
+            FeedForwardNames(_T5_LAYER + r"\.DenseReluDense$", up="wi", down="wo"),  # v1.0
+        ),
+        attention=_T5_LAYER + r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]$",
+        word_embed=EmbeddingNames(
+            table=r"(?:^|\.)shared$", users=r"(?:^|\.)(?:encoder|decoder)\.embed_tokens$", head=r"(?:^|\.)lm_head$"
+        ),
     ),
 }
 
@@ -61,6 +99,21 @@ class FoundFeedForward:
     names: FeedForwardNames
 
 
+@dataclass(frozen=True)
+class FoundEmbedding:
+    """The word embedding of a model, by the names of its modules.
+
+    Attributes:
+        table: The embedding.
+        users: Other modules that look words up in the same table.
+        head: The language-model head; None if the model has none.
+    """
+
+    table: str
+    users: tuple[str, ...]
+    head: str | None
+
+
 def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) -> list[FoundFeedForward]:
     """The feed-forward modules that `config` asks to turn into mixtures.
 
@@ -76,17 +129,106 @@ def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) ->
         ValueError: An unknown family, a family's model without the modules that its row names, a stack or block that
             the model has not.
     """
+    rows = _family(model, model_type).feed_forwards
+    found = list(_matches(model, rows))
+    if not found:
+        raise ValueError(
+            f"a {model_type} model must have feed-forward modules named like {rows[0].path}; "
+            f"{type(model).__name__} has none. Modules that look like them: {_candidates(model)}"
+        )
+    return _chosen(found, config)
+
+
+def find_attention(model: nn.Module, model_type: str, config: MPOEConfig) -> list[str]:
+    """The names of the attention's linear layers that `config` asks to turn into MPOs.
+
+    Args:
+        model: The model.
+        model_type: As in `find_feed_forwards`.
+        config: `stacks` and `layers` say which.
+
+    Returns:
+        At least one, in the model's order.
+
+    Raises:
+        ValueError: A family whose attention is not known, layers that are not there or not `nn.Linear`, a stack or
+            block that the model has not.
+    """
+    path = _family(model, model_type).attention
+    if path is None:
+        raise _unknown("attention", model_type)
+    found = [(name, place) for name, _ in model.named_modules() if (place := re.search(path, name))]
+    if not found:
+        raise ValueError(f"a {model_type} model must have attention named like {path}; {type(model).__name__} has none")
+    for name, _ in found:
+        _require_type(model, name, nn.Linear)
+    return _chosen(found, config)
+
+
+def find_embedding(model: nn.Module, model_type: str) -> FoundEmbedding:
+    """The word embedding of a model.
+
+    Args:
+        model: The model.
+        model_type: As in `find_feed_forwards`.
+
+    Raises:
+        ValueError: A family whose embedding is not known, modules that are not there, not `nn.Embedding` and
+            `nn.Linear`, or of a form that an MPO has not.
+    """
+    names = _family(model, model_type).word_embed
+    if names is None:
+        raise _unknown("word_embed", model_type)
+    # with duplicates: after a resize the users are the very same module under several names
+    there = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    tables, users, heads = (
+        [name for name in there if re.search(path, name)] for path in (names.table, names.users, names.head)
+    )
+    if len(tables) != 1 or len(heads) > 1:
+        raise ValueError(
+            f"a {model_type} model must have one word embedding named like {names.table} and at most one head like "
+            f"{names.head}; {type(model).__name__} has {tables} and {heads}"
+        )
+    for name in (*tables, *users):
+        embedding = _require_type(model, name, nn.Embedding)
+        if embedding.padding_idx is not None or embedding.max_norm is not None:
+            raise ValueError(f"{name} must have neither padding_idx nor max_norm to become an MPO; it is {embedding}")
+    for name in heads:
+        _require_type(model, name, nn.Linear)
+    return FoundEmbedding(tables[0], tuple(users), heads[0] if heads else None)
+
+
+def _family(model: nn.Module, model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model_type must be one of {sorted(FAMILIES)}; got {model_type!r}. Modules that look like its "
             f"feed-forward networks: {_candidates(model)}; a row in mpoe/models/families.py describes a new family"
         )
-    found = list(_matches(model, FAMILIES[model_type]))
-    if not found:
-        raise ValueError(
-            f"a {model_type} model must have feed-forward modules named like {FAMILIES[model_type][0].path}; "
-            f"{type(model).__name__} has none. Modules that look like them: {_candidates(model)}"
-        )
+    return FAMILIES[model_type]
+
+
+def _unknown(component: str, model_type: str) -> ValueError:
+    return ValueError(
+        f"mpo_layers must be among what is known of a {model_type} model; its {component} is not: leave that out, or "
+        "complete the family's row in mpoe/models/families.py"
+    )
+
+
+_Layer = TypeVar("_Layer", nn.Linear, nn.Embedding)
+
+
+def _require_type(model: nn.Module, name: str, kind: type[_Layer]) -> _Layer:
+    module = model.get_submodule(name)
+    if not isinstance(module, kind):
+        raise ValueError(f"{name} must be an nn.{kind.__name__} to become an MPO; it is a {type(module).__name__}")
+    return module
+
+
+_Part = TypeVar("_Part")
+
+
+def _chosen(found: list[tuple[_Part, re.Match[str]]], config: MPOEConfig) -> list[_Part]:
+    """Those in the stacks and blocks that `config` names."""
     stacks = {place.group("stack") for _, place in found}
     blocks = {int(place.group("block")) for _, place in found}
     if config.stacks is not None and not set(config.stacks) <= stacks:
@@ -94,8 +236,8 @@ def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) ->
     if config.layers is not None and not set(config.layers) <= blocks:
         raise ValueError(f"layers must be among the model's 0..{max(blocks)}; got {list(config.layers)}")
     return [
-        feed_forward
-        for feed_forward, place in found
+        part
+        for part, place in found
         if (config.stacks is None or place.group("stack") in config.stacks)
         and (config.layers is None or int(place.group("block")) in config.layers)
     ]

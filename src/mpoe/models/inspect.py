@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from mpoe.models.router_loss import mixtures
-from mpoe.nn import DenseExperts, MPOExperts
+from mpoe.models.router_loss import mixtures, routers
+from mpoe.nn import DenseExperts, MoEFeedForward, MPOEmbedding, MPOExperts, MPOLinear, RouterStatistics
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class ParameterCount:
     """Parameters of a model by what they are for; every field is a count.
 
     Attributes:
-        other: Everything outside of the mixtures.
+        other: Everything that is no MPO, no expert and no router.
         central: Central tensors, or the experts' matrices where they are whole.
         auxiliary: Auxiliary tensors of all experts.
         router: Routers.
@@ -46,23 +47,26 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Args:
         model: Any model.
     """
-    central = auxiliary = router = dense = one_token = 0
-    for layer in mixtures(model).values():
-        router += sum(p.numel() for p in layer.router.parameters())
-        for experts in (layer.up, layer.gate, layer.down):
-            if isinstance(experts, MPOExperts):
-                offsets = sum(p.numel() for p in experts.offsets)
-                central += experts.central.numel()
-                auxiliary += offsets
-                dense += experts.dims.out_features * experts.dims.in_features
-                one_token += experts.central.numel() + offsets // experts.num_experts
-            elif isinstance(experts, DenseExperts):
-                central += experts.weight.numel()
-                dense += experts.weight[0].numel()
-                one_token += experts.weight[0].numel()
+    central = auxiliary = dense = whole = one_token = 0
+    router = sum(p.numel() for r in routers(model).values() for p in r.parameters())
+    top_k = {id(e): layer.router.top_k for layer in mixtures(model).values() for e in layer.modules() if layer.router}
+    for experts in model.modules():
+        if isinstance(experts, MPOExperts):
+            shared, own = experts.central.numel(), sum(p.numel() for p in experts.offsets)
+            matrix = experts.dims.out_features * experts.dims.in_features
+            central += shared
+            auxiliary += own
+            one_token += shared + own // experts.num_experts * top_k.get(id(experts), 1)
+        elif isinstance(experts, DenseExperts):
+            matrix = experts.weight[0].numel()
+            central += experts.weight.numel()
+            one_token += matrix * top_k.get(id(experts), 1)
+        else:
+            continue
+        dense += matrix
+        whole += matrix * experts.num_experts
     total = sum(p.numel() for p in model.parameters())
     other = total - central - auxiliary - router
-    num_experts = max((layer.router.num_experts for layer in mixtures(model).values()), default=1)
     return ParameterCount(
         other=other,
         central=central,
@@ -70,7 +74,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         router=router,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         dense=other + dense,
-        whole_experts=other + dense * num_experts + router,
+        whole_experts=other + whole + router,
         active=other + one_token + router,
     )
 
@@ -81,12 +85,43 @@ def expert_shares(model: nn.Module) -> dict[str, list[float]]:
     Args:
         model: A mixture. Layers that have seen no token are left out.
     """
-    shares = {}
-    for name, layer in mixtures(model).items():
-        counts = layer.tokens_per_expert
-        if counts is not None and (total := counts.sum()) > 0:
-            shares[name] = (counts / total).tolist()
-    return shares
+    return {name: statistics.share for name, statistics in router_statistics(model).items()}
+
+
+def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
+    """How every layer's router has spread its tokens since `reset_usage`, by the layer's name.
+
+    Args:
+        model: A mixture. Layers that have seen no token are left out.
+    """
+    return {
+        name: layer.usage.statistics()
+        for name, layer in mixtures(model).items()
+        if layer.usage is not None and layer.usage.tokens > 0
+    }
+
+
+def is_upcycled(model: nn.Module) -> bool:
+    """Whether a model has MPOs or experts."""
+    return any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules())
+
+
+def component_modules(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:
+    """The modules that upcycling has put into a model, by component and name; components without any are left out.
+
+    Args:
+        model: Any; a dense one has none.
+    """
+    head = model.get_output_embeddings()
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoEFeedForward):
+            found.setdefault("mlp", {})[name] = module
+        elif isinstance(module, MPOEmbedding) or (isinstance(module, MPOLinear) and module is head):
+            found.setdefault("word_embed", {})[name] = module
+        elif isinstance(module, MPOLinear):
+            found.setdefault("attention", {})[name] = module
+    return found
 
 
 def reset_usage(model: nn.Module) -> None:

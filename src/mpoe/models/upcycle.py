@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import FoundFeedForward, find_feed_forwards
-from mpoe.models.router_loss import add_router_loss_hook, mixtures
-from mpoe.mpo import SiteDims, site_dims
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, SwitchRouter
+from mpoe.models.components import check_embedding, replace_embedding, replace_linear, with_tied_head
+from mpoe.models.families import FoundEmbedding, FoundFeedForward, find_attention, find_embedding, find_feed_forwards
+from mpoe.models.matrices import empty_mpo
+from mpoe.models.router_loss import add_router_loss_hook
+from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
 
 
 def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrainedModel:
     """Turn the feed-forward networks of a dense model into mixtures of experts, in place.
 
-    Right after it the model computes what it computed before (without truncation and noise, and with
-    `is_scale_prob=False`), because every expert starts as the pre-trained layer.
+    Right after it the model computes what it computed before (without truncation, noise and dropped tokens, and with
+    `is_scale_prob=False`), because every expert starts as the pre-trained layer. The matrices of the attention and the
+    word embedding, if `mpo_layers` names them, become MPOs without experts; so do all of `mpo_layers` with a config
+    without a mixture (`num_experts=1` or `moe_type="none"`).
 
     Args:
         model: Any model of a family in `mpoe.models.families`, on any device, in any floating dtype.
@@ -28,44 +33,79 @@ def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrai
         The same object. `model.config.quantization_config` holds the config, so that `save_pretrained` writes it.
 
     Raises:
-        ValueError: An unknown family, stacks or layers that the model has not, or a model that is already a mixture.
+        ValueError: An unknown family, components, stacks or layers that the model has not or that are of an unknown
+            form, a model that has been upcycled before, or a config that would change nothing.
 
     Source: MPOE (Gao et al., COLING 2022), §3; Sparse upcycling (Komatsuzaki et al., ICLR 2023).
     """
     config = MPOEConfig() if config is None else config
     found = _find(model, config)
+    if found.embedding is not None:
+        config = with_tied_head(model, found.embedding, config)
+        check_embedding(model, found.embedding, config)
     generator = torch.Generator().manual_seed(config.seed)
-    for feed_forward in logging.tqdm(found, desc="Upcycling", delay=2):  # silent where it takes no time
+    for feed_forward in logging.tqdm(found.feed_forwards, desc="Upcycling", delay=2):  # silent where it takes no time
         _replace(model, feed_forward, _mixture_like(feed_forward, config), generator, config.expert_noise)
+    _replace_others(model, found, config, load=True)
     _mark(model, config)
     return model
 
 
 def swap_modules(model: PreTrainedModel, config: MPOEConfig) -> None:
-    """Put empty mixtures in the places of the feed-forward networks, for weights that are about to be loaded.
+    """Put empty mixtures in the places of the feed-forward networks, and empty MPOs in those of `mpo_layers`.
 
     Args:
         model: A model on the meta device, or one whose weights do not matter.
-        config: As in `upcycle`.
+        config: As in `upcycle`. A `tied_head` is believed, because weights are not tied before they are loaded.
     """
-    for feed_forward in _find(model, config):
+    found = _find(model, config)
+    if found.embedding is not None:
+        config = with_tied_head(model, found.embedding, config)
+    for feed_forward in found.feed_forwards:
         mixture = _mixture_like(feed_forward, config)
         model.set_submodule(feed_forward.name, mixture)
         kept = set(model._keep_in_fp32_modules or ())
         if feed_forward.names.down in kept:  # T5 overflows in float16 there
             model._keep_in_fp32_modules = {*kept, f"{feed_forward.name}.down"}
+    _replace_others(model, found, config, load=False)
     _mark(model, config)
 
 
-def _find(model: PreTrainedModel, config: MPOEConfig) -> list[FoundFeedForward]:
-    if mixtures(model):
-        raise ValueError("the model must be dense to be upcycled; it already is a mixture of experts")
-    return find_feed_forwards(model, model.config.model_type, config)
+@dataclass(frozen=True)
+class _Found:
+    """What a config asks to change; empty and None where it does not."""
+
+    feed_forwards: list[FoundFeedForward]
+    attention: list[str]
+    embedding: FoundEmbedding | None
+
+
+def _find(model: PreTrainedModel, config: MPOEConfig) -> _Found:
+    if any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules()):
+        raise ValueError("the model must be dense to be upcycled; it has been upcycled before")
+    if not config.is_mixture and not config.mpo_layers:
+        raise ValueError(
+            "a config must have a mixture (num_experts >= 2 and moe_type 'switch' or 'moe') or mpo_layers; this one "
+            "would leave the model as it is"
+        )
+    kind, components = model.config.model_type, config.mpo_layers
+    return _Found(
+        find_feed_forwards(model, kind, config) if config.is_mixture or "mlp" in components else [],
+        find_attention(model, kind, config) if "attention" in components else [],
+        find_embedding(model, kind) if "word_embed" in components else None,
+    )
+
+
+def _replace_others(model: PreTrainedModel, found: _Found, config: MPOEConfig, load: bool) -> None:
+    for name in logging.tqdm(found.attention, desc="Attention", delay=2):
+        replace_linear(model, name, config, "attention", load)
+    if found.embedding is not None:
+        replace_embedding(model, found.embedding, config, load)
 
 
 def _mark(model: PreTrainedModel, config: MPOEConfig) -> None:
     model.config.quantization_config = config
-    add_router_loss_hook(model, config.load_balancing_coef)
+    add_router_loss_hook(model)
 
 
 def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeedForward:
@@ -75,31 +115,43 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
     def experts(name: str) -> MPOExperts | DenseExperts:
         weight = _weight(module, name)
         with torch.device(weight.device):
-            empty = _empty_experts(weight.shape[0], weight.shape[1], config)
+            empty = _empty_experts(weight.shape[0], weight.shape[1], config, name)
         empty.requires_grad_(weight.requires_grad)
         return empty.to(weight.dtype)
 
     up = experts(names.up)
     gate = None if names.gate is None else experts(names.gate)
     weight = _weight(module, names.up)
-    with torch.device(weight.device):
-        router = SwitchRouter(weight.shape[1], config.num_experts, config.is_scale_prob).to(weight.dtype)
-    mixture = MoEFeedForward(
-        router, up, experts(names.down), getattr(module, names.activation), gate, getattr(module, names.dropout).p
-    )
+    router = None
+    if config.is_mixture:
+        with torch.device(weight.device):
+            router = _empty_router(weight.shape[1], config).to(weight.dtype)
+    dropout = getattr(module, names.dropout).p if config.expert_dropout is None else config.expert_dropout
+    mixture = MoEFeedForward(router, up, experts(names.down), getattr(module, names.activation), gate, dropout)
     return mixture.train(module.training)
 
 
-def _empty_experts(out_features: int, in_features: int, config: MPOEConfig) -> MPOExperts | DenseExperts:
+def _empty_experts(out_features: int, in_features: int, config: MPOEConfig, name: str) -> MPOExperts | DenseExperts:
     if "mlp" not in config.mpo_layers:
-        return DenseExperts(out_features, in_features, config.num_experts)
-    given = (config.site_dims or {}).get(f"{out_features}x{in_features}")
-    dims = (
-        site_dims(out_features, in_features, config.num_sites, config.layout, config.max_auxiliary_bond)
-        if given is None
-        else SiteDims.of(given, out_features, in_features)
+        return DenseExperts(out_features, in_features, config.num_experts, config.expert_bias)
+    num_experts = config.num_experts if config.is_mixture else 1
+    return empty_mpo(out_features, in_features, config, "mlp", name, num_experts, config.expert_bias)
+
+
+def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
+    return TopKRouter(
+        hidden_size,
+        config.num_experts,
+        config.experts_per_token,
+        config.is_scale_prob,
+        config.capacity_factor,
+        config.eval_capacity_factor,
+        config.second_policy_train,
+        config.second_policy_eval,
+        config.second_threshold,
+        config.router_jitter,
+        config.router_input_norm,
     )
-    return MPOExperts(dims, config.num_experts, config.max_bond_dim, config.gauge, config.offset_scale)
 
 
 def _replace(
@@ -111,7 +163,8 @@ def _replace(
             experts.load_matrix(_weight(module, name))
             if noise:
                 experts.add_noise(noise, generator)
-    mixture.router.initialize(generator)
+    if mixture.router is not None:
+        mixture.router.initialize(generator)
     model.set_submodule(feed_forward.name, mixture)
 
 

@@ -3,15 +3,24 @@
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts, per_token
 from mpoe.nn.feed_forward import MoEFeedForward
-from mpoe.nn.router import RouterOutput, SwitchRouter, load_balancing_loss
+from mpoe.nn.linear import MPOEmbedding, MPOLinear, MPOTiedHead, refer
+from mpoe.nn.router import RouterOutput, TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.nn.usage import RouterStatistics, RouterUsage
 
 __all__ = [
     "DenseExperts",
     "Dispatch",
+    "MPOEmbedding",
     "MPOExperts",
+    "MPOLinear",
+    "MPOTiedHead",
     "MoEFeedForward",
     "RouterOutput",
-    "SwitchRouter",
+    "RouterStatistics",
+    "RouterUsage",
+    "TopKRouter",
     "load_balancing_loss",
     "per_token",
+    "refer",
+    "router_z_loss",
 ]

@@ -32,11 +32,13 @@ class MPOExperts(nn.Module):
         max_bond_dim: Truncation, count; None is exact.
         gauge: See `mpoe.mpo.decompose`.
         offset_scale: See `MPOEConfig.offset_scale`.
+        bias: "none", "shared" by all experts, or one for each "expert".
 
     Attributes:
         central: The shared central tensor (a, o, i, b).
         offsets: One tensor per auxiliary site, (E, d_{k-1}, o_k, i_k, d_k).
         scales: One number per auxiliary site.
+        bias: (1 or E, out_features), or None.
 
     Source: MPOE (Gao et al., COLING 2022), §3.1.
     """
@@ -48,6 +50,7 @@ class MPOExperts(nn.Module):
         max_bond_dim: int | None = None,
         gauge: str = "identity",
         offset_scale: float = 0.3,
+        bias: str = "none",
     ) -> None:
         super().__init__()
         self.dims = dims
@@ -58,6 +61,7 @@ class MPOExperts(nn.Module):
         shapes = dims.site_shapes(max_bond_dim)
         self.central = nn.Parameter(torch.empty(shapes[dims.central]))
         self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
+        self.bias = _empty_bias(bias, num_experts, dims.out_features)
         self.scales: Tensor
         self.register_buffer("scales", torch.empty(len(dims.auxiliary)))
         # In the identity gauge a square start is the unit matrix, which is not stored.
@@ -69,11 +73,14 @@ class MPOExperts(nn.Module):
                 self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
 
     @torch.no_grad()
-    def load_matrix(self, matrix: Float[Tensor, "out_features in_features"]) -> None:
+    def load_matrix(
+        self, matrix: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None = None
+    ) -> None:
         """Make every expert the given matrix (exactly, or truncated), and set the scales of the offsets.
 
         Args:
             matrix: W, finite.
+            bias: Of every expert; None is 0.
         """
         operator = decompose(matrix, self.dims, self.max_bond_dim, self.gauge)
         self.central.copy_(operator.central)
@@ -84,6 +91,7 @@ class MPOExperts(nn.Module):
             self.offsets[n].zero_()
             if not is_unit:
                 self.get_buffer(f"start_{k}").copy_(start)
+        _load_bias(self.bias, bias)
 
     @torch.no_grad()
     def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
@@ -108,7 +116,7 @@ class MPOExperts(nn.Module):
         return self.expert(index).to_matrix()
 
     def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
-        """y_t = W_{e(t)} x_t.
+        """y_t = W_{e(t)} x_t + b_{e(t)}.
 
         Args:
             x: Tokens, sorted by expert.
@@ -116,8 +124,8 @@ class MPOExperts(nn.Module):
         """
         x = x.to(self.central.dtype)
         if self.dims.is_separable and self.dims.num_sites == 3:
-            return self._apply_separable(x, counts)
-        return _linear_per_expert(x, counts, self.expert_matrix)
+            return _add_bias(self._apply_separable(x, counts), self.bias, counts)
+        return _add_bias(linear_per_expert(x, counts, self.expert_matrix), self.bias, counts)
 
     def _apply_separable(self, x: Tensor, counts: list[int]) -> Tensor:
         """The separable layout: a block product per expert around one dense product for all tokens. Rebuilds nothing.
@@ -174,17 +182,22 @@ class DenseExperts(nn.Module):
         out_features: Rows, count.
         in_features: Columns, count.
         num_experts: E, count.
+        bias: As in `MPOExperts`.
     """
 
-    def __init__(self, out_features: int, in_features: int, num_experts: int) -> None:
+    def __init__(self, out_features: int, in_features: int, num_experts: int, bias: str = "none") -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.bias = _empty_bias(bias, num_experts, out_features)
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     @torch.no_grad()
-    def load_matrix(self, matrix: Float[Tensor, "out_features in_features"]) -> None:
-        """Make every expert a copy of the given matrix."""
+    def load_matrix(
+        self, matrix: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None = None
+    ) -> None:
+        """Make every expert a copy of the given matrix; arguments as in `MPOExperts.load_matrix`."""
         self.weight.copy_(matrix.expand_as(self.weight))
+        _load_bias(self.bias, bias)
 
     @torch.no_grad()
     def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
@@ -197,9 +210,10 @@ class DenseExperts(nn.Module):
         return self.weight[index]
 
     def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
-        """y_t = W_{e(t)} x_t; arguments as in `MPOExperts.forward`."""
+        """y_t = W_{e(t)} x_t + b_{e(t)}; arguments as in `MPOExperts.forward`."""
         # unbind: indexing a stacked parameter in a loop has a backward that fills the whole stack every time
-        return _linear_per_expert(x.to(self.weight.dtype), counts, self.weight.unbind(0).__getitem__)
+        y = linear_per_expert(x.to(self.weight.dtype), counts, self.weight.unbind(0).__getitem__)
+        return _add_bias(y, self.bias, counts)
 
 
 def per_token(
@@ -213,13 +227,40 @@ def per_token(
         counts: Tokens of every expert.
     """
     expert_of_token = [e for e, count in enumerate(counts) for _ in range(count)]
-    return torch.stack([experts.expert_matrix(e) @ token for e, token in zip(expert_of_token, x, strict=True)])
+    y = torch.stack([experts.expert_matrix(e) @ token for e, token in zip(expert_of_token, x, strict=True)])
+    if experts.bias is None:
+        return y
+    return y + torch.stack([experts.bias[min(e, len(experts.bias) - 1)] for e in expert_of_token])
 
 
-def _linear_per_expert(x: Tensor, counts: list[int], matrix: Callable[[int], Tensor]) -> Tensor:
-    """Each expert's block of x times that expert's matrix; experts without tokens cost nothing."""
+def linear_per_expert(x: Tensor, counts: list[int], matrix: Callable[[int], Tensor]) -> Tensor:
+    """Each expert's block of x times that expert's matrix; experts without tokens cost nothing.
+
+    Args:
+        x: Rows, sorted by expert.
+        counts: Rows of every expert.
+        matrix: W_e (out, in) of an expert, called for those that have rows.
+    """
     blocks = [nn.functional.linear(block, matrix(e)) for e, block in enumerate(x.split(counts)) if len(block)]
     return torch.cat(blocks) if blocks else nn.functional.linear(x, matrix(0))
+
+
+def _empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:
+    return None if kind == "none" else nn.Parameter(torch.empty(num_experts if kind == "expert" else 1, out_features))
+
+
+def _load_bias(bias: nn.Parameter | None, value: Tensor | None) -> None:
+    if bias is not None:
+        bias.copy_(torch.zeros_like(bias) if value is None else value.expand_as(bias))
+
+
+def _add_bias(y: Tensor, bias: nn.Parameter | None, counts: list[int]) -> Tensor:
+    if bias is None:
+        return y
+    if len(bias) == 1:
+        return y + bias.to(y.dtype)
+    rows = torch.repeat_interleave(bias, torch.tensor(counts, device=bias.device), dim=0, output_size=len(y))
+    return y + rows.to(y.dtype)
 
 
 def _is_square(shape: tuple[int, int, int, int], is_left: bool) -> bool:

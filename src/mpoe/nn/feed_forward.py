@@ -1,40 +1,40 @@
 """`MoEFeedForward`: a router, experts and the base model's activation in the place of a Transformer's FFN.
 
-Shape letters: T tokens, D model width, F FFN width, E experts.
+Shape letters: T tokens, N assignments of tokens to experts, D model width, F FFN width, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts
-from mpoe.nn.router import RouterOutput, SwitchRouter
+from mpoe.nn.router import RouterOutput, TopKRouter
+from mpoe.nn.usage import RouterUsage
 
 
 class MoEFeedForward(nn.Module):
-    """A mixture of feed-forward experts: y = weight · down(dropout(act(up x))), with a gate act(gate x) · up x inside.
+    """A mixture of feed-forward experts: y = Σ weight · down(dropout(act(up x))), with act(gate x) · up x if gated.
 
     Args:
-        router: Picks an expert for every token.
+        router: Picks the experts of every token; None: there is one expert, which gets them all.
         up: Experts' matrices F × D.
         down: Experts' matrices D × F.
         activation: The base model's activation.
         gate: Experts' matrices F × D of a gated FFN, the ones that are activated; None for a plain FFN.
-        dropout: Probability, as in the base model.
+        dropout: Probability, between the activation and `down`.
 
     Attributes:
         router_output: What the router decided in the last forward; None after the model's loss has taken it.
-        tokens_per_expert: Tokens sent to every expert since `reset_usage`, count; None before the first.
+        usage: What it has decided since `reset_usage`; None before the first forward.
     """
 
     def __init__(
         self,
-        router: SwitchRouter,
+        router: TopKRouter | None,
         up: MPOExperts | DenseExperts,
         down: MPOExperts | DenseExperts,
         activation: Callable[[Tensor], Tensor],
@@ -49,31 +49,30 @@ class MoEFeedForward(nn.Module):
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
         self.router_output: RouterOutput | None = None
-        self.tokens_per_expert: Tensor | None = None
+        self.usage: RouterUsage | None = None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """The routed expert's FFN for every token."""
+        """The routed experts' FFNs for every token; 0 for a token that all its experts dropped."""
         x_TD = x.reshape(-1, x.shape[-1])
+        if self.router is None:
+            return self._experts(x_TD, [len(x_TD)]).reshape(x.shape)
         route = self.router(x_TD)
         self._record(route)
-        dispatch = Dispatch.by_expert(route.expert_index, route.tokens_per_expert)
-        sorted_TD = dispatch.dispatch(x_TD)
-        h_TF = self.up(sorted_TD, dispatch.counts)
-        if self.gate is None:
-            h_TF = self.activation(h_TF)
-        else:
-            h_TF = self.activation(self.gate(sorted_TD, dispatch.counts)) * h_TF
-        y_TD = dispatch.combine(self.down(self.dropout(h_TF), dispatch.counts))
-        return (y_TD * route.weight[:, None].to(y_TD.dtype)).reshape(x.shape)
+        dispatch = Dispatch.by_expert(route)
+        y_ND = self._experts(dispatch.dispatch(x_TD), dispatch.counts)
+        return dispatch.combine(y_ND, route.weight).reshape(x.shape)
 
     def reset_usage(self) -> None:
-        """Start counting tokens per expert anew."""
-        self.tokens_per_expert = None
+        """Start counting anew."""
+        self.usage = None
+
+    def _experts(self, x_ND: Tensor, counts: list[int]) -> Tensor:
+        h_NF = self.up(x_ND, counts)
+        h_NF = self.activation(h_NF) if self.gate is None else self.activation(self.gate(x_ND, counts)) * h_NF
+        return self.down(self.dropout(h_NF), counts)
 
     def _record(self, route: RouterOutput) -> None:
         # In evaluation nobody adds the loss up, and a kept graph would be kept memory.
         self.router_output = route if self.training else None
-        counted = self.tokens_per_expert
-        if counted is None or counted.device != route.tokens_per_expert.device:
-            counted = torch.zeros_like(route.tokens_per_expert)
-        self.tokens_per_expert = counted + route.tokens_per_expert
+        usage = RouterUsage.of(route)
+        self.usage = usage if self.usage is None else self.usage + usage

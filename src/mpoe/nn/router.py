@@ -1,4 +1,4 @@
-"""Routers: which expert a token goes to, with what weight, and the loss that keeps the experts evenly used.
+"""Routers: which experts a token goes to, with what weight, and the losses that keep the experts evenly used.
 
 Shape letters: T tokens, D model width, E experts, K experts per token.
 """
@@ -6,10 +6,13 @@ Shape letters: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+MIN_CAPACITY = 4
 
 
 @dataclass
@@ -17,20 +20,36 @@ class RouterOutput:
     """What a router decided for T tokens.
 
     Attributes:
-        expert_index: The expert of every token, 0 .. E - 1.
-        weight: What the expert's output is multiplied by.
-        tokens_per_expert: Tokens sent to every expert, count.
+        expert_index: The experts of every token, most probable first, 0 .. E - 1.
+        weight: What each expert's output is multiplied by.
+        kept: Which of these assignments the experts really get; None is all of them.
+        probabilities: The softmax over the experts.
+        dropped: Assignments that found their expert full, count.
         load_balancing_loss: Dimensionless; 1 when balanced.
+        z_loss: Mean square of the log of the softmax's denominator, nats².
     """
 
-    expert_index: Int[Tensor, " T"]
-    weight: Float[Tensor, " T"]
-    tokens_per_expert: Int[Tensor, " E"]
+    expert_index: Int[Tensor, "T K"]
+    weight: Float[Tensor, "T K"]
+    kept: Bool[Tensor, "T K"] | None
+    probabilities: Float[Tensor, "T E"]
+    dropped: Int[Tensor, ""]
     load_balancing_loss: Float[Tensor, ""]
+    z_loss: Float[Tensor, ""]
+
+    @cached_property
+    def tokens_per_expert(self) -> Int[Tensor, " E"]:
+        """Tokens that every expert gets, count."""
+        num_experts = self.probabilities.shape[1]
+        index = self.expert_index if self.kept is None else self.expert_index[self.kept]
+        return torch.bincount(index.flatten(), minlength=num_experts)
 
 
-class SwitchRouter(nn.Module):
-    """Top-1 routing: a softmax over a linear layer of the token.
+class TopKRouter(nn.Module):
+    """A softmax over a linear layer of the token; the K most probable experts get it.
+
+    With K = 1 it is Switch Transformer's router, with K >= 2 GShard's: the weights of a token's experts are their
+    probabilities divided by the sum of all K, so that they add up to 1.
 
     The token is scaled to unit root mean square first. Pre-trained models feed their FFNs with anything (T5's
     layer-norm weights are about 0.08), and a router that sees tiny inputs learns slowly and looks balanced whatever it
@@ -39,17 +58,46 @@ class SwitchRouter(nn.Module):
     Args:
         hidden_size: D, model width, count.
         num_experts: E, count.
+        top_k: K, count.
         is_scale_prob: True: an expert's output is multiplied by its probability p, as in Switch Transformer, eq. 2.
-            False: by p / p with a stopped gradient below, as in the MPOE reference: its value is 1, so the pre-trained
-            function is kept, and its gradient still reaches the router.
+            False, K = 1: by p / p with a stopped gradient below, as in the MPOE reference: its value is 1, so the
+            pre-trained function is kept, and its gradient still reaches the router. False, K >= 2: as said above.
+        capacity_factor: See `MPOEConfig`; also for those that follow.
+        eval_capacity_factor: In evaluation.
+        second_policy_train: For the experts after the first.
+        second_policy_eval: In evaluation.
+        second_threshold: Of the policies "threshold" and "random".
+        jitter: Noise on the inputs in training.
+        input_norm: Whether tokens are scaled to unit root mean square.
 
-    Source: Fedus, Zoph, Shazeer, Switch Transformers (JMLR 2022), §2.
+    Source: Fedus, Zoph, Shazeer, Switch Transformers (JMLR 2022), §2; Lepikhin et al., GShard (ICLR 2021), algorithm 1.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, is_scale_prob: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        is_scale_prob: bool = False,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        second_policy_train: str = "all",
+        second_policy_eval: str = "all",
+        second_threshold: float = 0.2,
+        jitter: float = 0.0,
+        input_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.top_k = top_k
         self.is_scale_prob = is_scale_prob
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.second_policy_train = second_policy_train
+        self.second_policy_eval = second_policy_eval
+        self.second_threshold = second_threshold
+        self.jitter = jitter
+        self.input_norm = input_norm
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts))
 
@@ -63,26 +111,74 @@ class SwitchRouter(nn.Module):
     def forward(self, x: Float[Tensor, "T D"]) -> RouterOutput:
         """Route every token."""
         with torch.autocast(x.device.type, enabled=False):
-            x = nn.functional.rms_norm(x.float(), x.shape[-1:])
+            x = x.float()
+            if self.input_norm:
+                x = nn.functional.rms_norm(x, x.shape[-1:])
+            if self.training and self.jitter:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             logits = nn.functional.linear(x, self.weight.float(), self.bias.float())
             probabilities = logits.softmax(dim=-1)
-        top_probability, expert_index = probabilities.max(dim=-1)
-        weight = top_probability if self.is_scale_prob else top_probability / top_probability.detach()
-        tokens_per_expert = torch.bincount(expert_index, minlength=self.num_experts)
+        top_probability, expert_index = probabilities.topk(self.top_k, dim=-1)
+        if self.is_scale_prob:
+            weight = top_probability
+        elif self.top_k == 1:
+            weight = top_probability / top_probability.detach()
+        else:
+            weight = top_probability / top_probability.sum(dim=-1, keepdim=True)
+        kept = self._wanted(weight)
+        kept, dropped = self._within_capacity(expert_index, kept)
         return RouterOutput(
             expert_index=expert_index,
             weight=weight,
-            tokens_per_expert=tokens_per_expert,
-            load_balancing_loss=load_balancing_loss(probabilities, tokens_per_expert),
+            kept=kept,
+            probabilities=probabilities,
+            dropped=dropped,
+            # of the first choices, whatever becomes of them: a full expert shall still be felt as full
+            load_balancing_loss=load_balancing_loss(
+                probabilities, torch.bincount(expert_index[:, 0], minlength=self.num_experts)
+            ),
+            z_loss=router_z_loss(logits),
         )
+
+    def _wanted(self, weight: Float[Tensor, "T K"]) -> Bool[Tensor, "T K"] | None:
+        """The first choices, and the others as the policy says; None is all."""
+        policy = self.second_policy_train if self.training else self.second_policy_eval
+        if policy == "all" or self.top_k == 1:
+            return None
+        if policy == "none":
+            wanted = torch.zeros_like(weight, dtype=torch.bool)
+        elif policy == "threshold":
+            wanted = weight > self.second_threshold
+        else:
+            wanted = torch.rand_like(weight) < weight / self.second_threshold
+        return wanted.index_fill(1, torch.zeros(1, dtype=torch.long, device=weight.device), True)
+
+    def _within_capacity(
+        self, expert_index: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"] | None
+    ) -> tuple[Bool[Tensor, "T K"] | None, Int[Tensor, ""]]:
+        """Cut what exceeds an expert's capacity: first choices go before second ones, and earlier tokens before later.
+
+        Returns:
+            What is still kept, and the number of assignments that were cut.
+        """
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        tokens, num_choices = expert_index.shape
+        if factor is None:
+            return kept, torch.zeros((), dtype=torch.long, device=expert_index.device)
+        asked = torch.ones_like(expert_index, dtype=torch.bool) if kept is None else kept
+        one_hot_NE = nn.functional.one_hot(expert_index.T.reshape(-1), self.num_experts)
+        one_hot_NE = one_hot_NE * asked.T.reshape(-1, 1)
+        place = (one_hot_NE.cumsum(dim=0) * one_hot_NE).sum(dim=1).view(num_choices, tokens).T  # 1, 2, .. in its expert
+        within = asked & (place <= max(MIN_CAPACITY, int(factor * tokens / self.num_experts)))
+        return within, asked.sum() - within.sum()
 
 
 def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:
-    """E · Σ_e f_e P_e with f_e the share of tokens sent to expert e and P_e its mean probability.
+    """E · Σ_e f_e P_e with f_e the share of tokens whose first choice is expert e, and P_e its mean probability.
 
     Args:
         probabilities: Router probabilities of every token.
-        tokens_per_expert: Tokens sent to every expert, count.
+        tokens_per_expert: Tokens whose first choice is each expert, count.
 
     Returns:
         Dimensionless, 1 when balanced, E when all goes to one expert with certainty; 0 without tokens.
@@ -94,3 +190,15 @@ def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: 
         return probabilities.sum()
     share = tokens_per_expert.to(probabilities.dtype) / num_tokens
     return num_experts * (share * probabilities.mean(dim=0)).sum()
+
+
+def router_z_loss(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """The mean over tokens of (log Σ_e exp logit_e)², which keeps a router's logits small; 0 without tokens.
+
+    Args:
+        logits: Of every token.
+
+    Source: Zoph et al., ST-MoE (2022), eq. 5.
+    """
+    squares = logits.logsumexp(dim=-1).square()
+    return squares.mean() if len(squares) else squares.sum()

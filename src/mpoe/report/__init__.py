@@ -1,7 +1,17 @@
-"""What a person looks at: tables of parameters, results and expert usage."""
+"""What a person looks at: tables of parameters, of what trains, of results and of what routers do."""
 
+from mpoe.report.comparison import comparison_rows, comparison_table, comparison_text
 from mpoe.report.parameters import parameter_table
 from mpoe.report.results import metrics_table
-from mpoe.report.usage import usage_table
+from mpoe.report.routers import router_table
+from mpoe.report.trained import trained_table
 
-__all__ = ["metrics_table", "parameter_table", "usage_table"]
+__all__ = [
+    "comparison_rows",
+    "comparison_table",
+    "comparison_text",
+    "metrics_table",
+    "parameter_table",
+    "router_table",
+    "trained_table",
+]

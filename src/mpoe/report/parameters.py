@@ -24,7 +24,7 @@ def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Paramete
     def row(label: str, attribute: str, style: str = "") -> None:
         table.add_row(label, *(_millions(getattr(count, attribute)) for count in counts.values()), style=style)
 
-    row("outside of the mixtures", "other")
+    row("no MPO, expert or router", "other")
     row("central tensors (shared)", "central")
     row("auxiliary tensors (all experts)", "auxiliary")
     row("routers", "router")

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config import COMPONENTS, MPOEConfig
+from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
 
@@ -19,29 +20,68 @@ STACKS_FOR_LABELS = ("encoder",)
 
 @dataclass
 class ModelArguments:
-    """Which model, how many experts, and what stays as it is."""
+    """Which model, how many experts, and what is loaded over it."""
 
     model_name_or_path: str = field(metadata={"help": "Folder with a Transformers model, or a name on the hub."})
-    num_experts: int = field(default=8, metadata={"help": "Experts per feed-forward layer."})
-    dropout: float | None = field(default=None, metadata={"help": "Dropout of the model; its own if left out."})
-    freeze_embeds: bool = field(
-        default=False, metadata={"help": "Do not train the input embedding and the language-model head."}
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the tokenizer; the model's own if left out."}
     )
+    num_experts: int = field(default=8, metadata={"help": "Experts per feed-forward layer; 1 is no mixture."})
+    dropout: float | None = field(default=None, metadata={"help": "Dropout of the model; its own if left out."})
+    load_experiment: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a mixture with the same flags, or a checkpoint of its run, to take weights from."},
+    )
+    load_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma list of the components whose weights come from load_experiment: word_embed, mlp, attention; "
+            "noload for none; the whole model if left out."
+        },
+    )
+
+    def components_to_load(self) -> tuple[str, ...] | None:
+        """The components that `load_experiment` replaces: none, some, or all of the model (None).
+
+        Raises:
+            ValueError: An unknown component, or one that nothing is loaded from.
+        """
+        components = _components("load_layer", self.load_layer, nothing="noload")
+        if self.load_experiment is None:
+            if components:
+                raise ValueError(
+                    f"load_layer {self.load_layer!r} needs --load_experiment, the folder to load from; or say noload"
+                )
+            return ()
+        return components
 
 
 @dataclass
 class MixtureArguments:
     """What a mixture is made of."""
 
-    moe_type: Literal["switch", "none"] = field(
-        default="switch", metadata={"help": "Router: switch is top-1; none leaves the model dense (needs nompo)."}
+    moe_type: Literal["switch", "moe", "none", ""] = field(
+        default="switch",
+        metadata={"help": "Router: switch is top-1, moe is GShard's top-2; none, or empty, is no mixture."},
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Experts per token; the router's own (1 or 2) if left out."}
     )
     mpo_layers: str = field(
         default="mlp",
-        metadata={"help": "Comma list of components whose matrices become MPOs: mlp; nompo for whole experts."},
+        metadata={
+            "help": "Comma list of components whose matrices become MPOs: word_embed, mlp, attention; nompo for none, "
+            "which leaves whole experts, or the dense model if there is no mixture."
+        },
     )
     linear_trunc: int = field(
         default=NO_TRUNCATION, metadata={"help": "Largest bond of a feed-forward MPO; 30000 is no truncation."}
+    )
+    emb_trunc: int = field(
+        default=NO_TRUNCATION, metadata={"help": "Largest bond of the word embedding's MPO; 30000 is no truncation."}
+    )
+    attention_trunc: int = field(
+        default=NO_TRUNCATION, metadata={"help": "Largest bond of an attention MPO; 30000 is no truncation."}
     )
     layout: Literal["separable", "balanced"] = field(
         default="separable", metadata={"help": "How matrices are cut into sites; balanced is the paper's."}
@@ -54,7 +94,7 @@ class MixtureArguments:
     )
     site_dims: str | None = field(
         default=None,
-        metadata={"help": 'Site dimensions by shape, JSON: {"3072x768": [[4,4,8,6,4], [3,4,4,4,4]]}.'},
+        metadata={"help": 'Site dimensions by shape, JSON: {"3072x768": [[192,16,1], [1,2,384]]}.'},
     )
     gauge: Literal["identity", "central", "sqrt"] = field(
         default="identity", metadata={"help": "Gauge of the MPOs; identity keeps the matrix as central tensor."}
@@ -62,12 +102,13 @@ class MixtureArguments:
     stacks: str | None = field(
         default=None,
         metadata={
-            "help": "Comma list of the stacks that get experts: encoder, decoder. If left out, finetune takes the "
-            "encoder alone (a label's decoder sees little but its start token, and its routers collapse), inspect all."
+            "help": "Comma list of the stacks that are changed: encoder, decoder. If left out, finetune puts experts "
+            "into the encoder alone (a label's decoder sees little but its start token, and its routers collapse), "
+            "inspect into all."
         },
     )
     layers: str | None = field(
-        default=None, metadata={"help": "Comma list of block indices that get experts; all if left out."}
+        default=None, metadata={"help": "Comma list of block indices that are changed; all if left out."}
     )
     offset_scale: float = field(
         default=MPOEConfig.offset_scale, metadata={"help": "Relative size of a step on the auxiliary tensors."}
@@ -75,17 +116,49 @@ class MixtureArguments:
     expert_noise: float = field(
         default=MPOEConfig.expert_noise, metadata={"help": "Relative standard deviation of noise on the auxiliaries."}
     )
-    load_balancing_coef: float = field(
-        default=MPOEConfig.load_balancing_coef, metadata={"help": "Weight of the load-balancing loss."}
+    switch_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout inside the experts; the model's own if left out."}
     )
     is_scale_prob: bool = field(
         default=False, metadata={"help": "Multiply an expert's output by its router probability."}
+    )
+    capacity_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "In training an expert takes at most factor * tokens / experts tokens (and at least 4), the others "
+            "pass through the residual; nothing is dropped if left out. (GShard trains with 1.25.)"
+        },
+    )
+    eval_capacity_factor: float | None = field(
+        default=None, metadata={"help": "The same in evaluation. (GShard evaluates with 2.0.)"}
+    )
+    second_policy_train: Literal["all", "none", "threshold", "random"] = field(
+        default="all",
+        metadata={
+            "help": "moe: whether a token goes to its second expert in training: all, none, threshold (its weight "
+            "exceeds second_threshold) or random (with probability weight / second_threshold)."
+        },
+    )
+    second_policy_eval: Literal["all", "none", "threshold", "random"] = field(
+        default="all", metadata={"help": "The same in evaluation."}
+    )
+    second_threshold: float = field(
+        default=MPOEConfig.second_threshold, metadata={"help": "Threshold of these policies."}
+    )
+    router_jitter: float = field(
+        default=MPOEConfig.router_jitter, metadata={"help": "Router inputs are multiplied by 1 +- this in training."}
+    )
+    load_balancing_coef: float = field(
+        default=MPOEConfig.load_balancing_coef, metadata={"help": "Weight of the load-balancing loss."}
+    )
+    router_z_loss_coef: float = field(
+        default=MPOEConfig.router_z_loss_coef, metadata={"help": "Weight of the routers' z-loss."}
     )
 
     def mpoe_config(
         self, num_experts: int, seed: int = 0, default_stacks: tuple[str, ...] | None = None
     ) -> MPOEConfig | None:
-        """The mixture that the flags describe; None if the model is to stay dense.
+        """What the flags make of a model; None if it is to stay dense.
 
         Args:
             num_experts: Experts per feed-forward layer, count.
@@ -95,58 +168,148 @@ class MixtureArguments:
         Raises:
             ValueError: A flag's value that makes no sense, named.
         """
-        components = _names(self.mpo_layers) or ()
-        if "nompo" in components:
-            if len(components) > 1:
-                raise ValueError(f"mpo_layers must be nompo alone or a list of {COMPONENTS}; got {self.mpo_layers!r}")
-            components = ()
         config = MPOEConfig(
             num_experts=num_experts,
-            mpo_layers=components,
+            moe_type=self.moe_type or "none",
+            top_k=self.top_k,
+            mpo_layers=_components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
             layout=self.layout,
             num_sites=self.num_sites,
             max_auxiliary_bond=self.max_auxiliary_bond,
-            max_bond_dim=None if self.linear_trunc >= NO_TRUNCATION else self.linear_trunc,
+            max_bond_dim=_bond(self.linear_trunc),
+            word_embed_bond_dim=_bond(self.emb_trunc),
+            attention_bond_dim=_bond(self.attention_trunc),
             site_dims=_json_object("site_dims", self.site_dims),
             gauge=self.gauge,
-            stacks=_names(self.stacks) or default_stacks,
+            stacks=_names(self.stacks),
             layers=_integers("layers", self.layers),
             offset_scale=self.offset_scale,
             expert_noise=self.expert_noise,
+            expert_dropout=self.switch_dropout,
             is_scale_prob=self.is_scale_prob,
+            capacity_factor=self.capacity_factor,
+            eval_capacity_factor=self.eval_capacity_factor,
+            second_policy_train=self.second_policy_train,
+            second_policy_eval=self.second_policy_eval,
+            second_threshold=self.second_threshold,
+            router_jitter=self.router_jitter,
             load_balancing_coef=self.load_balancing_coef,
+            router_z_loss_coef=self.router_z_loss_coef,
             seed=seed,
         )
-        if self.moe_type == "none":
-            if components:
-                raise ValueError(
-                    f"moe_type none leaves the model dense, so mpo_layers must be nompo; got {self.mpo_layers!r}"
-                )
-            return None
-        return config
+        if config.is_mixture:
+            config.stacks = config.stacks or default_stacks
+        return config if config.is_mixture or config.mpo_layers else None
+
+
+@dataclass
+class TrainableArguments:
+    """What trains, and how fast."""
+
+    freeze_model: bool = field(
+        default=False, metadata={"help": "Train MPOs, experts and routers only, not the rest of the model."}
+    )
+    freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the encoder."})
+    freeze_embeds: bool = field(
+        default=False, metadata={"help": "Do not train the input embedding and the language-model head."}
+    )
+    freeze_model_but_lm_head: bool = field(default=False, metadata={"help": "Train the language-model head only."})
+    unfreeze_lm_head: bool = field(
+        default=False, metadata={"help": "Train the language-model head, whatever the flags above say."}
+    )
+    unfreeze_layer_norms: bool = field(
+        default=False, metadata={"help": "Train the layer norms, whatever the flags above say."}
+    )
+    tensor_learn: bool = field(
+        default=False, metadata={"help": "Do not train the central tensors; an adapter is saved beside the model."}
+    )
+    update_mpo_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma list of the components whose MPOs, experts and routers train: word_embed, mlp, attention; "
+            "noupdate for none; all if left out."
+        },
+    )
+    train_AT_index: str | None = field(  # noqa: N815  # the reference spells it so
+        default=None,
+        metadata={"help": "Comma list of the sites, from 0, whose auxiliary tensors train; all if left out."},
+    )
+    mpo_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the MPOs' tensors; that of the model if left out."}
+    )
+    gradient_mask_prob: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a step's update of a central tensor is discarded; 1 is tensor_learn."},
+    )
+    gradient_mask_level: Literal["tensor", "element"] = field(
+        default="tensor", metadata={"help": "Whether whole central tensors or their elements are drawn."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gradient_mask_prob <= 1:
+            raise ValueError(f"gradient_mask_prob must be in [0, 1]; got {self.gradient_mask_prob}")
+
+    def freezing(self) -> Freezing:
+        """What these flags freeze.
+
+        Raises:
+            ValueError: A flag's value that makes no sense, named.
+        """
+        return Freezing(
+            self.freeze_model,
+            self.freeze_encoder,
+            self.freeze_embeds,
+            self.freeze_model_but_lm_head,
+            self.unfreeze_lm_head,
+            self.unfreeze_layer_norms,
+            # a central tensor that never moves needs no gradient
+            self.tensor_learn or self.gradient_mask_prob == 1,
+            _components("update_mpo_layer", self.update_mpo_layer, nothing="noupdate"),
+            _integers("train_AT_index", self.train_AT_index),
+        )
 
 
 @dataclass
 class DataArguments:
-    """Which task, and where its data are."""
+    """Which tasks, and where their data are."""
 
-    task: str = field(metadata={"help": "A task of mpoe.training.tasks: cola, sst2, mrpc, qqp, stsb, mnli, ..."})
+    tasks: list[str] = field(
+        metadata={
+            "aliases": ["--task"],
+            "help": "One task or several: cola, sst2, mrpc, qqp, stsb, mnli, ... of mpoe.training.tasks, or YAML files "
+            "that describe tasks of your own.",
+        }
+    )
+    eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks to evaluate on; those that are trained if left out."}
+    )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the task's folder in GLUE layout; the hub if left out."}
+        default=None, metadata={"help": "Folder with the tasks' folders in GLUE layout; the hub if left out."}
     )
     max_source_length: int = field(default=128, metadata={"help": "Tokens of an input at most; longer ones are cut."})
-    n_train: int | None = field(default=None, metadata={"help": "Train on this many rows only, drawn by the seed."})
+    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target at most; longer ones are cut."})
+    n_train: int = field(default=-1, metadata={"help": "Training rows of a task at most, drawn by the seed; -1: all."})
+    n_val: int = field(default=-1, metadata={"help": "Validation rows of a task at most, drawn by the seed; -1: all."})
+    n_test: int = field(default=-1, metadata={"help": "Test rows of a task at most, drawn by the seed; -1: all."})
+    temperature: float = field(
+        default=10.0,
+        metadata={"help": "Several tasks: a batch is drawn from a task of n rows in proportion to n ** (1 / this)."},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_source_length", "n_train"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1; got {value}")
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        for name in ("n_train", "n_val", "n_test"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(f"{name} must be >= 1, or -1 for all; got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {self.temperature}")
 
 
 @dataclass
 class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
-    """Transformers' own training arguments, with defaults for fine-tuning T5 on one task."""
+    """Transformers' own training arguments, with defaults for fine-tuning T5."""
 
     output_dir: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         metadata={"help": "Folder for the model, the tokenizer, results.json and checkpoints; new, or this very run's."}
@@ -167,6 +330,22 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _components(name: str, text: str | None, nothing: str) -> tuple[str, ...] | None:
+    """A comma list of components, () for the word that means none of them, None if the flag was left out."""
+    components = _names(text)
+    if components is None or nothing not in [component.lower() for component in components]:
+        if components is not None and not set(components) <= set(COMPONENTS):
+            raise ValueError(f"{name} must be {nothing} or a comma list of {', '.join(COMPONENTS)}; got {text!r}")
+        return components
+    if len(components) > 1:
+        raise ValueError(f"{name} must be {nothing} alone or a comma list of {', '.join(COMPONENTS)}; got {text!r}")
+    return ()
+
+
+def _bond(truncation: int) -> int | None:
+    return None if truncation >= NO_TRUNCATION else truncation
 
 
 def _integers(name: str, text: str | None) -> tuple[int, ...] | None:

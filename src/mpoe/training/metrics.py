@@ -2,7 +2,7 @@
 
 An answer that could not be parsed (-1 for a class, nan for a score) counts as the worst possible answer to its row: the
 next class after the target, which for two classes is the other one, or the end of the scale farther from the target. So
-a model is never better off for not answering; and it may score below 0 in a correlation.
+a model is never better off for not answering; and it may score below 0 in a correlation. Free text needs no parsing.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sacrebleu import corpus_bleu
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -105,7 +106,33 @@ def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
     return 0.0 if _is_constant(predicted, true) else float(spearmanr(predicted, true)[0])  # pyright: ignore[reportArgumentType]
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+def bleu(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Return the corpus BLEU of texts against one reference each, as sacrebleu computes it by default.
+
+    Args:
+        predictions: Texts, shape (N,).
+        targets: Texts, shape (N,).
+
+    Returns:
+        Between 0 and 1: sacrebleu's score / 100.
+
+    Raises:
+        ValueError: If the shapes differ, there are no rows, or they are not texts.
+
+    Source: Post, A call for clarity in reporting BLEU scores, 2018.
+    """
+    predicted, true = np.asarray(predictions), np.asarray(targets)
+    _require_pairs(predicted, true)
+    if odd := [text for text in (*predicted.tolist(), *true.tolist()) if not isinstance(text, str)]:
+        raise ValueError(f"bleu needs texts; got {odd[0]!r}; use the metrics of classes or scores")
+    # `force` only keeps sacrebleu from warning of texts with a blank before the full stop.
+    score = corpus_bleu(predicted.tolist(), [true.tolist()], force=True).score
+    return min(score / 100, 1.0)  # sacrebleu's best is 100.00000000000004
+
+
+METRICS = {
+    "accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman, "bleu": bleu,
+}  # fmt: skip
 
 
 def compute_metrics(names: Iterable[str], predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:

@@ -18,71 +18,64 @@ CHECKPOINT_MARK = "trainer_state.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A claimed output folder.
+    """An output folder, free or with a run of the same command.
 
     Attributes:
         path: The folder.
+        arguments: What the user asked for, JSON-ready; it is what "the same command" means.
         checkpoint: The last complete checkpoint of an interrupted run of the same command; None for a new run.
         results: What a finished run of the same command wrote; None if it has not finished.
     """
 
     path: Path
+    arguments: dict[str, Any]
     checkpoint: Path | None = None
     results: dict[str, Any] | None = None
 
     @classmethod
-    def claim(cls, path: str | Path, arguments: dict[str, Any]) -> RunFolder:
-        """Take a folder for a run, or find the run that it holds.
+    def open(cls, path: str | Path, arguments: dict[str, Any]) -> RunFolder:
+        """Look at a folder; writes nothing.
 
         Args:
-            path: May exist, empty or with a run of the same arguments.
-            arguments: What the user asked for, JSON-ready; it is what "the same command" means.
+            path: New, empty, or with a run of the same arguments.
+            arguments: What the user asked for, JSON-ready.
 
         Raises:
-            ValueError: A file, another run, or a folder of something else. Nothing has been touched then.
-        """
-        found = cls.find(path, arguments)
-        if found is not None:
-            return found
-        path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / RUN_FILE, arguments)
-        except OSError as error:
-            raise ValueError(f"output_dir must be writable; {path}: {error.strerror}") from error
-        return cls(path)
-
-    @classmethod
-    def find(cls, path: str | Path, arguments: dict[str, Any]) -> RunFolder | None:
-        """The run of these arguments that a folder holds; None if the folder is free. Writes nothing.
-
-        Args:
-            path: As in `claim`.
-            arguments: As in `claim`.
-
-        Raises:
-            ValueError: As in `claim`.
+            ValueError: A file, another run, or a folder of something else.
         """
         path = Path(path)
         arguments = json.loads(json.dumps(arguments))
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir must be a folder; {path} is a file; name another")
         if not path.is_dir() or not any(path.iterdir()):
-            return None
+            return cls(path, arguments)
         if not (path / RUN_FILE).is_file():
             raise ValueError(
                 f"output_dir must be new, empty or hold a run of this command; {path} holds other files and no "
                 f"{RUN_FILE}; name another"
             )
-        earlier = _read_json(path / RUN_FILE)
+        earlier = read_json(path / RUN_FILE)
         if earlier != arguments:
             different = sorted(k for k in {*earlier, *arguments} if earlier.get(k) != arguments.get(k))
             changes = ", ".join(f"{k}: {earlier.get(k, '-')} there, {arguments.get(k, '-')} now" for k in different)
             raise ValueError(
                 f"output_dir {path} holds another run ({changes}); name another folder, or repeat that run"
             )
-        results = _read_json(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
-        return cls(path, last_checkpoint(path), results)
+        results = read_json(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
+        return cls(path, arguments, last_checkpoint(path), results)
+
+    def claim(self) -> None:
+        """Take the folder for this run, once everything that can be wrong about a command has been looked at.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN_FILE).is_file():
+                write_json(self.path / RUN_FILE, self.arguments)
+        except OSError as error:
+            raise ValueError(f"output_dir must be writable; {self.path}: {error.strerror}") from error
 
     def save(self, write_model: Callable[[str], None], results: dict[str, Any]) -> None:
         """Write the model's files, then the results; every file appears under its name only when it is complete.
@@ -117,12 +110,30 @@ def write_json(path: Path, value: Any) -> None:
         path: The file.
         value: JSON-ready.
     """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to a temporary name and rename it.
+
+    Args:
+        path: The file.
+        text: All of it.
+    """
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that this program wrote.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It cannot be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,309 +1,293 @@
-"""Text-to-text tasks, one row of `TASKS` each, and their rows as source and target text.
+"""Text-to-text tasks: one row of `TASKS` each, or a few lines of a user's YAML file.
 
-Sources and targets of GLUE are written as in T5's and Hyperformer's single-task runs: the task's name, then each text
-behind the name of its field; the label's index as text.
+Sources and targets are written as in T5's and Hyperformer's single-task runs: the task's name, then each text behind
+the name of its field; the label's index as text. A task of several choices shows them in the source and answers with
+the index of one. Translations are asked for in words.
+
+The development set, which is halved for a small task and else is the test set, is the hub's test split where that has
+labels, and its validation split where not.
 """
 
-import math
+import re
 import string
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
+import yaml
 
-from mpoe.training.metrics import SCALE
+from mpoe.training.metrics import METRICS
+from mpoe.training.task_data import Kind, Task, TaskData, load_task
 
-HUB = "nyu-mll/glue"
-VALIDATION_ROWS = 1000  # that a large task gives from its training rows, at most a tenth of them
-SHOWN = 10  # folders and lines that an error message lists
+__all__ = ["TASKS", "Task", "TaskData", "get_task", "load_task"]
 
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, what may be answered, and where the rows are.
-
-    Attributes:
-        name: The name on the command line; for GLUE the configuration on the hub too.
-        folder: Folder of the task in a `--data_dir`.
-        template: The source text, with the names of a row's texts in braces.
-        metrics: Keys of `mpoe.training.metrics.METRICS`, the headline metric first.
-        labels: Target texts by class index; empty for a regression to a score in 0..5.
-        is_small: Whether the development set is halved into validation and test. A larger task gives training rows for
-            validation, and its development set is the test set.
-        on_hub: Whether the hub has it, in the dataset `nyu-mll/glue`.
-        hub_dev: The development split's name on the hub.
-        dev_file: The development file's name.
-        file_columns: A file's names of the columns, where they are not the row's.
-        file_labels: A file's names of the labels, by class index; empty for "0", "1", ...
-        file_header: The columns of a file that has no header; empty if there is one.
-    """
-
-    name: str
-    folder: str
-    template: str
-    metrics: tuple[str, ...]
-    labels: tuple[str, ...] = ("0", "1")
-    is_small: bool = False
-    on_hub: bool = True
-    hub_dev: str = "validation"
-    dev_file: str = "dev.tsv"
-    file_columns: Mapping[str, str] = field(default_factory=dict)
-    file_labels: tuple[str, ...] = ()
-    file_header: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of a row's texts, as in `template`."""
-        return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name)
-
-    def source(self, row: Mapping[str, Any]) -> str:
-        """Return what the model reads.
-
-        Args:
-            row: The texts by the names in `columns`; more keys do no harm.
-        """
-        return self.template.format(**{name: row[name].strip() for name in self.columns})
-
-    def target(self, row: Mapping[str, Any]) -> str:
-        """Return what the model shall write.
-
-        Args:
-            row: Its "label" is a class index, or a score, which is rounded to the nearest 0.2 as T5 does.
-
-        Raises:
-            ValueError: If the label is no class of the task, as in the hub's unlabelled test rows.
-        """
-        label = row["label"]
-        if not self.labels:
-            return f"{round(label * 5) / 5:.1f}"
-        if label not in range(len(self.labels)):
-            raise ValueError(f"a label of task {self.name} must be in 0..{len(self.labels) - 1}; got {label}")
-        return self.labels[label]
-
-    def parse(self, text: str) -> int | float:
-        """Return what a text answers, as the metrics take it.
-
-        Args:
-            text: What the model wrote; white space around it does not count.
-
-        Returns:
-            The class index, -1 if the text is no label; for a regression the score, nan if it is no number in 0..5.
-        """
-        text = text.strip()
-        if self.labels:
-            return self.labels.index(text) if text in self.labels else -1
-        return _score(text)
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task's rows, each with a `source` and a `target` text.
-
-    Attributes:
-        train: To train on.
-        validation: To choose by.
-        test: To report.
-        dev: The whole development set: what the GLUE tables of other papers report.
-        dev_is_split: Whether validation and test are the halves of dev; otherwise test is dev.
-    """
-
-    train: datasets.Dataset
-    validation: datasets.Dataset
-    test: datasets.Dataset
-    dev: datasets.Dataset
-    dev_is_split: bool
-
-
+_GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
+_WMT16, _WMT14, _IWSLT = "wmt/wmt16", "wmt/wmt14", "IWSLT/iwslt2017"
+_ACCURACY = ("accuracy",)
 _ENTAILMENT = ("entailment", "not_entailment")
+_THREE, _FOUR, _FIVE = ("0", "1", "2"), ("0", "1", "2", "3"), ("0", "1", "2", "3", "4")
+_LANGUAGES = {
+    "cs": "Czech", "en": "English", "fi": "Finnish", "hi": "Hindi", "nl": "Dutch", "ro": "Romanian",
+}  # fmt: skip
+
+
+def _translation(name: str, source: str, target: str, hub: str, hub_config: str, hub_is_script: bool = False) -> Task:
+    return Task(
+        name, name, f"Translate {_LANGUAGES[source]} to {_LANGUAGES[target]} {{text}}", ("bleu",), labels=(),
+        kind="text", hub=hub, hub_config=hub_config, hub_dev="test", hub_is_script=hub_is_script,
+        hub_columns={"text": f"translation.{source}", "label": f"translation.{target}"},
+    )  # fmt: skip
+
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
             "cola", "CoLA", "cola sentence: {sentence}", ("matthews", "accuracy"), is_small=True,
-            file_header=("source", "label", "star", "sentence"),
+            hub=_GLUE, hub_config="cola", file_header=("source", "label", "star", "sentence"),
         ),
-        Task("sst2", "SST-2", "sst2 sentence: {sentence}", ("accuracy",)),
+        Task("sst2", "SST-2", "sst2 sentence: {sentence}", _ACCURACY, hub=_GLUE, hub_config="sst2"),
         Task(
             "mrpc", "MRPC", "mrpc sentence1: {sentence1} sentence2: {sentence2}", ("accuracy", "f1"), is_small=True,
+            hub=_GLUE, hub_config="mrpc",
             file_columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
         ),
         Task(
             "qqp", "QQP", "qqp question1: {question1} question2: {question2}", ("accuracy", "f1"),
-            file_columns={"label": "is_duplicate"},
+            hub=_GLUE, hub_config="qqp", file_columns={"label": "is_duplicate"},
         ),
         Task(
             "stsb", "STS-B", "stsb sentence1: {sentence1} sentence2: {sentence2}", ("pearson", "spearman"), labels=(),
-            is_small=True, file_columns={"label": "score"},
+            kind="score", is_small=True, hub=_GLUE, hub_config="stsb", file_columns={"label": "score"},
         ),
         Task(
-            "mnli", "MNLI", "mnli premise: {premise} hypothesis: {hypothesis}", ("accuracy",), labels=("0", "1", "2"),
-            hub_dev="validation_matched", dev_file="dev_matched.tsv",
+            "mnli", "MNLI", "mnli premise: {premise} hypothesis: {hypothesis}", _ACCURACY, labels=_THREE,
+            hub=_GLUE, hub_config="mnli", hub_dev="validation_matched", dev_file="dev_matched.tsv",
             file_columns={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
             file_labels=("entailment", "neutral", "contradiction"),
         ),
         Task(
-            "qnli", "QNLI", "qnli question: {question} sentence: {sentence}", ("accuracy",), file_labels=_ENTAILMENT
+            "qnli", "QNLI", "qnli question: {question} sentence: {sentence}", _ACCURACY,
+            hub=_GLUE, hub_config="qnli", file_labels=_ENTAILMENT,
         ),
         Task(
-            "rte", "RTE", "rte sentence1: {sentence1} sentence2: {sentence2}", ("accuracy",), is_small=True,
-            file_labels=_ENTAILMENT,
+            "rte", "RTE", "rte sentence1: {sentence1} sentence2: {sentence2}", _ACCURACY, is_small=True,
+            hub=_GLUE, hub_config="rte", file_labels=_ENTAILMENT,
         ),
-        Task("wnli", "WNLI", "wnli sentence1: {sentence1} sentence2: {sentence2}", ("accuracy",), is_small=True),
+        Task(
+            "wnli", "WNLI", "wnli sentence1: {sentence1} sentence2: {sentence2}", _ACCURACY, is_small=True,
+            hub=_GLUE, hub_config="wnli",
+        ),
         Task(
             # Worded as FLAN words it: of fifteen prompts the one that a FLAN-T5 answers best without fine-tuning.
             "sentiment", "sentiment", "sentiment sentence: {sentence}",
-            ("accuracy",), labels=("negative", "positive"), on_hub=False,
+            _ACCURACY, labels=("negative", "positive"),
         ),
+        Task("imdb", "imdb", "imdb {text}", _ACCURACY, is_small=True, hub="stanfordnlp/imdb", hub_dev="test"),
+        Task(
+            "yelp_polarity", "yelp_polarity", "yelp_polarity sentence: {text}", _ACCURACY,
+            hub="fancyzhx/yelp_polarity", hub_dev="test",
+        ),
+        Task(
+            "trec", "trec", "trec sentence: {text}", _ACCURACY, labels=(*_FIVE, "5"), is_small=True,
+            hub="CogComp/trec", hub_dev="test", hub_columns={"label": "coarse_label"}, hub_is_script=True,
+        ),
+        Task(
+            "paws", "paws", "paws sentence1: {sentence1} sentence2: {sentence2}", _ACCURACY,
+            hub="google-research-datasets/paws", hub_config="labeled_final", hub_dev="test",
+        ),
+        Task(
+            "sick", "sick", "sick premise: {premise} hypothesis: {hypothesis}", _ACCURACY, labels=_THREE, is_small=True,
+            hub="RobZamp/sick", hub_dev="test", hub_columns={"premise": "sentence_A", "hypothesis": "sentence_B"},
+            hub_is_script=True,
+        ),
+        Task(
+            "scitail", "scitail", "scitail sentence1: {sentence1} sentence2: {sentence2}", _ACCURACY,
+            hub="allenai/scitail", hub_config="snli_format", hub_dev="test",
+            hub_columns={"label": "gold_label"}, hub_labels=("entailment", "neutral"),
+        ),
+        Task(
+            # The annotators of 785 training and 176 test rows did not agree.
+            "snli", "snli", "snli premise: {premise} hypothesis: {hypothesis}", _ACCURACY, labels=_THREE,
+            hub="stanfordnlp/snli", hub_dev="test", no_label="-1",
+        ),
+        Task(
+            "boolq", "boolq", "boolq question: {question} passage: {passage}", _ACCURACY, is_small=True,
+            hub=_SUPER_GLUE, hub_config="boolq",
+        ),
+        Task(
+            "cb", "cb", "cb premise: {premise} hypothesis: {hypothesis}", _ACCURACY, labels=_THREE, is_small=True,
+            hub=_SUPER_GLUE, hub_config="cb",
+        ),
+        Task(
+            "superglue-rte", "superglue-rte", "superglue-rte premise: {premise} hypothesis: {hypothesis}", _ACCURACY,
+            is_small=True, hub=_SUPER_GLUE, hub_config="rte",
+        ),
+        Task(
+            "commonsense_qa", "commonsense_qa",
+            "commonsense_qa question: {question} A: {A} B: {B} C: {C} D: {D} E: {E}", _ACCURACY, labels=_FIVE,
+            is_small=True, hub="tau/commonsense_qa", hub_labels=("A", "B", "C", "D", "E"),
+            hub_columns={"label": "answerKey"} | {letter: f"choices.text.{i}" for i, letter in enumerate("ABCDE")},
+        ),
+        Task(
+            "social_i_qa", "social_i_qa",
+            "social_i_qa question: {question} context: {context} "
+            "answerA: {answerA} answerB: {answerB} answerC: {answerC}", _ACCURACY, labels=_THREE,
+            hub="allenai/social_i_qa", hub_labels=("1", "2", "3"), hub_is_script=True,
+        ),
+        Task(
+            "cosmos_qa", "cosmos_qa",
+            "cosmos_qa question: {question} context: {context} "
+            "answer0: {answer0} answer1: {answer1} answer2: {answer2} answer3: {answer3}", _ACCURACY, labels=_FOUR,
+            hub="allenai/cosmos_qa", hub_is_script=True,
+        ),
+        Task(
+            "winogrande", "winogrande", "winogrande sentence: {sentence} option1: {option1} option2: {option2}",
+            _ACCURACY, labels=("1", "2"), hub="allenai/winogrande", hub_config="winogrande_l",
+            hub_columns={"label": "answer"}, hub_labels=("1", "2"), file_labels=("1", "2"),
+        ),
+        Task(
+            "hellaswag", "hellaswag",
+            "hellaswag ctx: {ctx} ending0: {ending0} ending1: {ending1} ending2: {ending2} ending3: {ending3}",
+            _ACCURACY, labels=_FOUR, hub="Rowan/hellaswag",
+            hub_columns={f"ending{i}": f"endings.{i}" for i in range(4)},
+        ),
+        _translation("wmt16-en-ro", "en", "ro", _WMT16, "ro-en"),
+        _translation("wmt16-ro-en", "ro", "en", _WMT16, "ro-en"),
+        _translation("wmt16-en-cs", "en", "cs", _WMT16, "cs-en"),
+        _translation("wmt16-en-fi", "en", "fi", _WMT16, "fi-en"),
+        _translation("wmt14-hi-en", "en", "hi", _WMT14, "hi-en"),  # into Hindi, as in Hyperformer
+        _translation("iwslt2017-en-nl", "en", "nl", _IWSLT, "iwslt2017-en-nl", hub_is_script=True),
+        _translation("iwslt2017-ro-nl", "ro", "nl", _IWSLT, "iwslt2017-ro-nl", hub_is_script=True),
     )
 }  # fmt: skip
 
+_METRICS_OF_KIND = {"classes": ("accuracy", "f1", "matthews"), "score": ("pearson", "spearman"), "text": ("bleu",)}
+_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_KEYS = ("name", "template", "labels", "label", "kind", "metrics", "train", "dev", "hub", "config")
+
 
 def get_task(name: str) -> Task:
-    """Return a task by its name, in any case.
+    """Return a task by its name, in any case, or by the YAML file that describes it.
+
+    Such a file has the keys
+
+    - `name`: letters, digits, and any of "_.-";
+    - `template`: the source text, with columns' names in braces;
+    - `label`: the column of the right answer, "label" if left out;
+    - `labels`: the answers, texts as they stand in that column;
+    - `kind`: `score` if the answers are numbers from 0 to 5; else left out: with `labels` they are classes, without
+      them free text;
+    - `metrics`: names of `mpoe.training.metrics.METRICS` that fit the answers, the headline metric first;
+    - `train` and `dev`: files beside the YAML file, of csv, tsv (quotation marks are text) or jsonl (an object a line).
+      Without `dev`, a tenth of the training rows each are validation and test; with it, `dev` is the test set, and a
+      tenth of the training rows, at most 1000, is validation;
+    - `hub`, in the place of `train`: a dataset on the hub, with `config` its configuration and `dev` its split.
 
     Args:
-        name: A key of `TASKS`.
+        name: A key of `TASKS`, or a path that ends in .yaml or .yml.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or the file does not describe one.
     """
+    if name.lower().endswith((".yaml", ".yml")):
+        return _described_task(Path(name))
     if name.lower() not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {name!r}")
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, or a .yaml file that describes one; got {name!r}")
     return TASKS[name.lower()]
 
 
-def load_task(task: Task, data_dir: str | None, seed: int) -> TaskData:
-    """Read a task's rows and split them as the paper does.
-
-    Args:
-        task: From `get_task`.
-        data_dir: A folder in GLUE's layout that has the task's folder, or this folder itself; None is the hub.
-        seed: Of the split, >= 0.
-
-    Returns:
-        The splits. A small task's development set is halved into validation and test. Of a larger one, 1000 training
-        rows, or a tenth of them where that is less (but one at least), are validation.
-
-    Raises:
-        ValueError: If a file is not there or is not as it must be, with its name and the line, or the hub fails.
-    """
-    train, dev = _from_hub(task) if data_dir is None else _from_folder(task, Path(data_dir))
-    divided, name = (dev, "development") if task.is_small else (train, "training")
-    if len(divided) < 2:
-        raise ValueError(f"task {task.name} must have 2 {name} rows or more, to split them; got {len(divided)}")
-    if task.is_small:
-        validation, test = _split(dev, len(dev) // 2, seed)
-    else:
-        validation, train = _split(train, max(1, min(VALIDATION_ROWS, len(train) // 10)), seed)
-        test = dev
-    splits = (_as_text(task, rows) for rows in (train, validation, test, dev))
-    return TaskData(*splits, dev_is_split=task.is_small)
+def _described_task(path: Path) -> Task:
+    values = _read_yaml(path)
+    for key in ("name", "template", "label", "kind", "train", "dev", "hub", "config"):
+        if key in values and not (isinstance(values[key], str) and values[key].strip()):
+            raise ValueError(f"{path}: {key} must be text; got {values[key]!r}. Correct {key}, or quote it")
+    for key in ("name", "template", "metrics"):
+        if key not in values:
+            raise ValueError(f"{path}: {key} must be given; got {', '.join(values) or 'no keys'}. Add {key}")
+    if not re.fullmatch(r"[\w.-]+", values["name"]):
+        raise ValueError(f"{path}: name must be of letters, digits and _.- only; got {values['name']!r}. Correct name")
+    label = values.get("label", "label")
+    _check_template(path, values["template"], label)
+    labels = _distinct_texts(path, "labels", values["labels"], least=2) if "labels" in values else ()
+    kind = _kind(path, values.get("kind"), labels)
+    metrics = _distinct_texts(path, "metrics", values["metrics"], least=1)
+    _check_metrics(path, metrics, kind, labels)
+    _check_places(path, values)
+    return Task(
+        values["name"], values["name"], values["template"], metrics, labels=labels, kind=kind,
+        hub=values.get("hub", ""), hub_config=values.get("config"), hub_dev=values.get("dev"),
+        hub_columns={"label": label}, hub_labels=labels,
+        train_file=values.get("train", ""), dev_file=values.get("dev"),
+        file_columns={"label": label}, file_labels=labels, described_in=path,
+    )  # fmt: skip
 
 
-def _split(rows: Rows, count: int, seed: int) -> tuple[Rows, Rows]:
-    """Draw `count` rows; both parts stay in the file's order."""
-    drawn = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return [row for i, row in enumerate(rows) if i in drawn], [row for i, row in enumerate(rows) if i not in drawn]
-
-
-def _as_text(task: Task, rows: Rows) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"source": [task.source(row) for row in rows], "target": [task.target(row) for row in rows]}
-    )
-
-
-def _from_hub(task: Task) -> tuple[Rows, Rows]:
-    if not task.on_hub:
-        raise ValueError(f"task {task.name} is not on the hub: name the folder that has {task.folder}/ with --data_dir")
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        train, dev = datasets.load_dataset(HUB, task.name, split=["train", task.hub_dev])
-    except Exception as error:  # the hub's client raises the errors of half a dozen libraries
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the dataset {HUB} ({task.name}) could not be loaded from the hub: {reason}. "
-            f"Name a folder with {task.folder}/train.tsv and {task.folder}/{task.dev_file} with --data_dir"
-        ) from error
-    return list(train), list(dev)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"{path} must be a readable YAML file that describes a task: {reason}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values that describe a task; got {type(values).__name__}")
+    if unknown := [str(key) for key in values if key not in _KEYS]:
+        raise ValueError(f"{path}: keys must be among {', '.join(_KEYS)}; got {', '.join(unknown)}. Correct the key")
+    return values
 
 
-def _from_folder(task: Task, data_dir: Path) -> tuple[Rows, Rows]:
-    if not data_dir.is_dir():
-        raise ValueError(f"data_dir must be a folder; {data_dir} is none. Correct --data_dir")
-    folder = data_dir / task.folder
-    if not folder.is_dir():
-        folder = data_dir
-        if not (folder / "train.tsv").is_file():
-            there = sorted(path.name for path in data_dir.iterdir())
+def _check_template(path: Path, template: str, label: str) -> None:
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{path}: template must have balanced braces; got {template!r}: {error}") from error
+    if not fields:
+        raise ValueError(f"{path}: template must have a column's name in braces; got {template!r}. Add one")
+    for name, form, conversion in fields:
+        if not name or form or conversion or set(name) & set(".[]{}"):
             raise ValueError(
-                f"data_dir must hold the folder {task.folder} of task {task.name}; {data_dir} holds {_shown(there)}. "
-                "Correct --data_dir or the task"
+                f"{path}: template must have nothing but columns' names in braces; got {template!r}. "
+                "Write {column}, or {{ and }} for braces of the text"
             )
-    return _read_tsv(folder / "train.tsv", task), _read_tsv(folder / task.dev_file, task)
+        if name in ("label", label):
+            raise ValueError(f"{path}: template must not show the answer; got {{{name}}}. Take it out of the template")
 
 
-def _read_tsv(path: Path, task: Task) -> Rows:
-    """Read a file in GLUE's layout: tabs divide columns, quotation marks are text, no line is skipped."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"task {task.name} needs the file {path}, which cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; byte {error.start} is not. Convert the file") from error
-    # Not splitlines: it also cuts at characters that occur within a text, such as U+2028.
-    lines = [line.removesuffix("\r").split("\t") for line in text.rstrip("\r\n").split("\n")]
-    header = list(task.file_header) or lines[0]
-    first = 0 if task.file_header else 1
-    if not text.strip() or len(lines) == first:
-        raise ValueError(f"{path} must have rows; it has none. Put the task's whole file there")
-    fields = {name: task.file_columns.get(name, name) for name in (*task.columns, "label")}
-    if missing := [column for column in fields.values() if column not in header]:
-        raise ValueError(f"{path}:1: the header must have {_shown(missing)}; got {_shown(header)}. Correct the header")
-    numbered = list(enumerate(lines[first:], start=first + 1))
-    if odd := [(number, len(line)) for number, line in numbered if len(line) != len(header)]:
-        number, width = odd[0]
-        more = f" (so also lines {_shown(number for number, _ in odd[1:])})" if odd[1:] else ""
+def _distinct_texts(path: Path, key: str, value: Any, least: int) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) and all(isinstance(text, str) for text in value) else []
+    stripped = tuple(text.strip() for text in texts)
+    if len(stripped) < least or len(set(stripped)) < len(stripped) or "" in stripped:
         raise ValueError(
-            f"{path}:{number}: a line must have {len(header)} tab-separated columns; got {width}{more}. "
-            "Correct the file; no line is skipped silently"
+            f"{path}: {key} must be a list of {least} or more different texts; got {value!r}. "
+            f"Correct {key}; numbers, yes, no, on and off need quotation marks"
         )
-    index = {name: header.index(column) for name, column in fields.items()}
-    rows = []
-    for number, line in numbered:
-        row: dict[str, Any] = {name: line[i] for name, i in index.items()}
-        row["label"] = _file_label(task, row["label"], f"{path}:{number}")
-        rows.append(row)
-    return rows
+    return stripped
 
 
-def _file_label(task: Task, text: str, place: str) -> int | float:
-    if task.labels:
-        words = task.file_labels or tuple(str(i) for i in range(len(task.labels)))
-        if text not in words:
-            raise ValueError(f"{place}: the label must be one of {', '.join(words)}; got {text!r}. Correct the line")
-        return words.index(text)
-    score = _score(text)
-    if math.isnan(score):
-        raise ValueError(f"{place}: the score must be a number from 0 to 5; got {text!r}. Correct the line")
-    return score
+def _kind(path: Path, given: str | None, labels: tuple[str, ...]) -> Kind:
+    fitting: tuple[Kind, ...] = ("classes",) if labels else ("text", "score")
+    for kind in fitting:
+        if given in (None, kind):
+            return kind
+    has = "with" if labels else "without"
+    raise ValueError(f"{path}: kind must be {' or '.join(fitting)} {has} labels; got {given!r}. Correct kind or labels")
 
 
-def _score(text: str) -> float:
-    """Return the number in 0..5 that a text is, or nan."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    low, high = SCALE
-    return value if low <= value <= high else math.nan
+def _check_metrics(path: Path, metrics: tuple[str, ...], kind: Kind, labels: tuple[str, ...]) -> None:
+    fitting = [name for name in METRICS if name in _METRICS_OF_KIND[kind] and (name != "f1" or len(labels) == 2)]
+    if odd := [name for name in metrics if name not in fitting]:
+        of = f"{len(labels)} classes" if labels else f"answers of kind {kind}"
+        raise ValueError(
+            f"{path}: metrics of {of} must be among {', '.join(fitting)}; got {', '.join(odd)}. "
+            "Correct metrics, labels or kind"
+        )
 
 
-def _shown(items: Iterable[object]) -> str:
-    texts = [str(item) for item in items]
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more or "nothing"
+def _check_places(path: Path, values: dict[str, Any]) -> None:
+    if ("train" in values) == ("hub" in values):
+        got = "both" if "train" in values else "neither"
+        raise ValueError(f"{path}: must give either train, a file, or hub, a dataset; got {got}. Leave one")
+    if "hub" not in values and "config" in values:
+        raise ValueError(f"{path}: config must come with hub; got {values['config']!r} without it. Take config out")
+    for key in ("train", "dev"):
+        if "hub" not in values and key in values and Path(values[key]).suffix.lower() not in _SUFFIXES:
+            raise ValueError(f"{path}: {key} must be a file in {', '.join(_SUFFIXES)}; got {values[key]!r}. Convert it")

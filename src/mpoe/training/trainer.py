@@ -11,13 +11,13 @@ import operator
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,10 +29,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from mpoe.config import MPOEConfig
-from mpoe.models import expert_shares, mixtures, reset_usage, take_router_loss
+from mpoe.models import expert_shares, reset_usage, routers, take_router_loss
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.metrics import compute_metrics
+from mpoe.training.sampler import TaskMixture
 from mpoe.training.tasks import Task
 
 IGNORED = -100  # label of padding, as everywhere in Transformers
@@ -52,8 +52,6 @@ def sequence_loss(
         A function of (output, labels, num_items_in_batch). num_items_in_batch counts the target tokens of all
         micro-batches of the step; each contributes its share of both losses.
     """
-    config = getattr(model.config, "quantization_config", None)
-    coef = config.load_balancing_coef if isinstance(config, MPOEConfig) else 0.0
 
     def loss(output: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         num_targets = (labels != IGNORED).sum()
@@ -62,7 +60,7 @@ def sequence_loss(
             ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum",
         )  # fmt: skip
         num_items = num_targets if num_items_in_batch is None else num_items_in_batch
-        router_loss = take_router_loss(model, coef)
+        router_loss = take_router_loss(model)
         if router_loss is not None:
             total = total + router_loss.to(total.device) * num_targets
         return total / num_items
@@ -73,48 +71,63 @@ def sequence_loss(
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
     args: FinetuneTrainingArguments,
-    train: Dataset,
-    validation: Dataset,
-    callbacks: list[TrainerCallback],
+    train: Dataset | TaskMixture | None,
+    validation: Sequence[tuple[Task, Dataset]],
+    callbacks: Sequence[TrainerCallback] = (),
+    optimizer: tuple[type, dict[str, Any]] | None = None,
 ) -> Seq2SeqTrainer:
-    """A Seq2SeqTrainer for one text-to-text task, whose metrics are those of the task.
+    """A Seq2SeqTrainer for text-to-text tasks, whose metrics are those of the tasks and their average.
 
     Args:
         model: Dense or a mixture.
         tokenizer: The model's.
-        task: Parses what the model writes.
         args: All of the Trainer's own.
         train: Tokenised rows, see `tokenize`.
-        validation: Tokenised rows that `eval_strategy` evaluates on.
+        validation: Tokenised rows of every task that `eval_strategy` evaluates on.
         callbacks: More callbacks.
+        optimizer: Class and options; None is the Trainer's own, as `args` say.
     """
 
     def metrics(prediction: Any) -> dict[str, float]:
-        predicted = parse(task, tokenizer, prediction.predictions)
-        return compute_metrics(task.metrics, predicted, parse(task, tokenizer, prediction.label_ids))
+        scores, headline, first = {}, [], 0  # the rows of all tasks come one task behind the other
+        for task, rows in validation:
+            places = slice(first, first + len(rows))
+            predicted, targets = prediction.predictions[places], prediction.label_ids[places]
+            of_task = compute_metrics(task.metrics, parse(task, tokenizer, predicted), parse(task, tokenizer, targets))
+            headline.append(of_task[task.metrics[0]])
+            scores[task.name], first = of_task, places.stop
+        average = statistics.fmean(headline)
+        if len(validation) == 1:
+            return {**scores[validation[0][0].name], "average_metrics": average}
+        named = {f"{name}_{metric}": value for name, of_task in scores.items() for metric, value in of_task.items()}
+        return {**named, "average_metrics": average}
 
-    return Seq2SeqTrainer(
+    trainer = Seq2SeqTrainer(
         model=model,
         args=args,
         train_dataset=train,  # pyright: ignore[reportArgumentType]
-        eval_dataset=validation,  # pyright: ignore[reportArgumentType]
+        eval_dataset=concatenate_datasets([rows for _, rows in validation]) if validation else None,  # pyright: ignore[reportArgumentType]
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
         compute_loss_func=sequence_loss(model, args.label_smoothing_factor),
         compute_metrics=metrics,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
+    trainer.optimizer_cls_and_kwargs = optimizer  # an argument of Trainer that Seq2SeqTrainer does not pass on
+    return trainer
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_source_length: int) -> Dataset:
+def tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int = 128
+) -> Dataset:
     """Rows of `source` and `target` text as input_ids, attention_mask and labels.
 
     Args:
         rows: Text.
         tokenizer: The model's.
         max_source_length: Tokens; longer inputs are cut.
+        max_target_length: Tokens; longer targets are cut.
     """
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -122,14 +135,16 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_source_lengt
         return {
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
-            "labels": tokenizer(text_target=batch["target"])["input_ids"],
+            "labels": tokenizer(text_target=batch["target"], max_length=max_target_length, truncation=True)[
+                "input_ids"
+            ],
         }
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
-def parse(task: Task, tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What the model wrote, or should have written, as class indices or scores.
+def parse(task: Task, tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> NDArray[Any]:
+    """What the model wrote, or should have written, as class indices, scores or texts.
 
     Args:
         task: Knows the label texts.
@@ -145,13 +160,13 @@ class Evaluation:
     """Predictions on one split, row by row.
 
     Attributes:
-        predictions: Class indices or scores, as generated, shape (N,).
+        predictions: Class indices, scores or texts, as generated, shape (N,).
         targets: The right ones, shape (N,).
         target_nll: -log p(target text), nats per row, shape (N,).
     """
 
-    predictions: NDArray[np.float64]
-    targets: NDArray[np.float64]
+    predictions: NDArray[Any]
+    targets: NDArray[Any]
     target_nll: NDArray[np.float64]
 
     def metrics(self, task: Task) -> dict[str, float]:
@@ -245,7 +260,7 @@ class DeadExpertWarning(TrainerCallback):
         }
         count = sum(len(experts) for experts in dead.values())
         if count:
-            total = sum(layer.router.num_experts for layer in mixtures(model).values())
+            total = sum(router.num_experts for router in routers(model).values())
             worst = max(dead, key=lambda name: len(dead[name]))
             warnings.warn(
                 f"{count} of {total} experts got under {DEAD_SHARE:.0%} of their layer's tokens in epoch "

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Fine-tune on one task, as configs/finetune_single_task.yaml says; flags go before it:
+#   bash scripts/finetune_single_task.sh --model_name_or_path FOLDER --data_dir GLUE --tasks cola
+# A first argument that is a .yaml or .json file takes the config's place.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+mpoe="$root/.venv/bin/mpoe"
+[[ -x "$mpoe" ]] || mpoe=mpoe
+case "${1:-}" in
+  *.yaml | *.yml | *.json) exec "$mpoe" finetune "$@" ;;
+  *) exec "$mpoe" finetune "$root/configs/finetune_single_task.yaml" "$@" ;;
+esac

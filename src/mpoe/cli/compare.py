@@ -1,0 +1,55 @@
+"""`mpoe compare`: finished runs side by side, printed and saved as one table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mpoe.report import comparison_rows, comparison_table, comparison_text
+from mpoe.report.comparison import FORMATS
+from mpoe.training.finetune import FinetuneResult
+from mpoe.training.run_folder import RESULTS_FILE, read_json, write_text
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print the table and write it.
+
+    Args:
+        argv: What follows `mpoe compare`.
+
+    Raises:
+        ValueError: A folder without a finished run, an unknown format, a file that cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="mpoe compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a finished mpoe finetune")
+    parser.add_argument(
+        "-o", "--output", help="file for the table: .md, .csv or .json (default: comparison.md beside the runs)"
+    )
+    args = parser.parse_args(argv)
+    paths = [Path(path) for path in args.runs]
+    # Where all runs lie in one folder, its name says nothing in a table.
+    folders = {path.parent for path in paths}
+    results = {path.name if len(folders) == 1 else str(path): _result(path) for path in paths}
+    default = folders.pop() / "comparison.md" if len(folders) == 1 else Path("comparison.md")
+    output = default if args.output is None else Path(args.output)
+    if output.suffix not in FORMATS:
+        raise ValueError(f"output must be a file {', '.join(FORMATS)}; got {output}")
+    rows = comparison_rows(results)
+    console = Console()
+    console.print(comparison_table(rows))
+    write_text(output, comparison_text(rows, output.suffix))
+    console.print(f"written to {output}")
+
+
+def _result(path: Path) -> FinetuneResult:
+    if not (path / RESULTS_FILE).is_file():
+        raise ValueError(f"a run must be the output folder of a finished mpoe finetune; {path} has no {RESULTS_FILE}")
+    try:
+        return FinetuneResult.from_dict(read_json(path / RESULTS_FILE))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path / RESULTS_FILE} must be what this version of mpoe wrote; {error}; run it anew"
+        ) from error

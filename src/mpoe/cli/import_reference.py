@@ -1,0 +1,107 @@
+"""`mpoe import-reference`: a checkpoint of the method's reference implementation becomes a mixture's folder."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from mpoe.models import count_parameters, load_tokenizer, mixtures, mpoe_config, read_config
+from mpoe.models.checkpoint import TOKENIZER_FILES
+from mpoe.models.families import T5_SIZES
+from mpoe.models.reference import ORIENTATIONS, import_reference, read_checkpoint
+from mpoe.nn import MPOExperts
+
+
+def run(argv: Sequence[str]) -> None:
+    """Write the folder and print what is in it.
+
+    Args:
+        argv: What follows `mpoe import-reference`.
+
+    Raises:
+        ValueError: Wrong input; nothing has been written then.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mpoe import-reference", description="Turn a checkpoint of the reference implementation into a mixture."
+    )
+    parser.add_argument("checkpoint", type=Path, help=".safetensors, or a .bin or .pt file of torch.save")
+    parser.add_argument(
+        "--config",
+        help=f"the dense base model: {', '.join(T5_SIZES)}, a folder with a config.json, or a name on the hub; "
+        "default: the config.json beside the checkpoint",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--is_scale_prob", action="store_true", help="the checkpoint was trained with this flag")
+    parser.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        help="which dimensions come first in the sites of square matrices; default: as in the other matrices",
+    )
+    args = parser.parse_args(argv)
+    base = str(args.checkpoint.parent) if args.config is None else args.config
+    _check_free(args.output_dir)
+    config = read_config(base)
+    tensors = read_checkpoint(args.checkpoint)
+    model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
+    has_tokenizer = any((Path(base) / name).is_file() for name in TOKENIZER_FILES)
+    _save(model, base if has_tokenizer else None, args.output_dir)
+
+    console = Console()
+    console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
+    square = sorted({shape for shape in map(_shape, model.modules()) if shape and shape[0] == shape[1]})
+    if square:
+        how = f"as {args.orientation}" if args.orientation else "like the other matrices"
+        shapes = ", ".join(f"{rows}×{columns}" for rows, columns in square)
+        console.print(f"Square matrices ({shapes}) were read {how}; --orientation says otherwise.")
+    out = args.output_dir
+    if has_tokenizer:
+        console.print(f"Go on with mpoe predict {out} 'a text', or in Python with mpoe.from_pretrained('{out}').")
+    else:
+        console.print(
+            f"Go on in Python with mpoe.from_pretrained('{out}'). No tokenizer was at hand: save the base model's into "
+            "that folder for mpoe predict."
+        )
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir must be a new or empty folder; {folder} is not: name another")
+
+
+def _save(model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
+    """Write into a folder beside, which takes the name when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        unfinished = Path(beside) / "model"
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            load_tokenizer(tokenizer).save_pretrained(unfinished)
+        unfinished.replace(folder)
+
+
+def _table(model: PreTrainedModel, stored: int) -> Table:
+    config, count = mpoe_config(model), count_parameters(model)
+    assert config is not None
+    table = Table(title="Imported", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("mixtures", str(len(mixtures(model))))
+    table.add_row("experts in each", str(config.num_experts))
+    table.add_row("router", config.moe_type)
+    table.add_row("matrix product operators", ", ".join(config.mpo_layers))
+    table.add_section()
+    table.add_row("numbers in the checkpoint, millions", f"{stored / 1e6:,.3f}")
+    table.add_row("parameters here, millions", f"{count.total / 1e6:,.3f}", style="bold")
+    table.add_row("of these central tensors, stored once", f"{count.central / 1e6:,.3f}")
+    table.add_row("auxiliary tensors of all experts", f"{count.auxiliary / 1e6:,.3f}")
+    return table
+
+
+def _shape(module: object) -> tuple[int, int] | None:
+    return (module.dims.out_features, module.dims.in_features) if isinstance(module, MPOExperts) else None

@@ -1,0 +1,377 @@
+"""Adapters: what fine-tuning changed in a mixture with frozen central tensors, saved and switched without its base.
+
+In the identity gauge without truncation a central tensor is the base model's own weight. If it is frozen, a fine-tuned
+mixture differs from its base in the parameters that trained and in nothing else: auxiliary tensors, routers and
+whatever else was left to train. An adapter is these: megabytes, and many of them share one base in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpoe.config import MPOEConfig
+from mpoe.models.checkpoint import align
+from mpoe.models.router_loss import mpoe_config
+from mpoe.models.upcycle import upcycle
+from mpoe.nn import MPOExperts
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+FORMAT = "mpoe-adapter"
+VERSION = 1
+
+_ATTRIBUTE = "_mpoe_adapters"
+
+
+@dataclass
+class AdapterSet:
+    """The adapters that a model has in memory; a plain attribute of the model, outside of its `state_dict`.
+
+    Attributes:
+        base: The base model's values of everything that some adapter holds, by parameter name; on the CPU.
+        adapters: The values of every adapter, by its name and the parameter's; on the CPU.
+        active: The name of the adapter whose values are in the model; None is the base.
+    """
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    active: str | None = None
+
+    @property
+    def active_values(self) -> dict[str, Tensor]:
+        """The active adapter's values when it was last loaded or left, by parameter name; empty for the base."""
+        return {} if self.active is None else self.adapters[self.active]
+
+
+@dataclass(frozen=True)
+class _SavedAdapter:
+    """What an adapter's folder holds."""
+
+    config: MPOEConfig
+    base_name: str
+    base_hash: str
+    base_dtypes: list[str]
+    tensors: dict[str, Tensor]
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
+    """Write the parameters that require a gradient, and what is needed to find their base again.
+
+    `adapter_model.safetensors` holds these parameters, tied ones once, and the scales of the experts' offsets;
+    `adapter_config.json` the mixture's config, the name of the base and a hash of all parameters that stayed behind.
+
+    Args:
+        model: A mixture in the identity gauge without truncation, whose central tensors are frozen.
+        folder: Made if it is not there; an adapter in it is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A model without matrix product operators, another gauge or truncation, a central tensor that
+            trains, nothing that trains, an active adapter of which a part is frozen, a folder that cannot be written.
+    """
+    config, experts = mpoe_config(model), _mpo_experts(model)
+    trained = _trained(model)
+    if config is None or not experts:
+        raise ValueError(
+            f"only a mixture with matrix product operators has an adapter; this {type(model).__name__} has none: make "
+            "them with mpoe.upcycle, or save the whole model with save_pretrained"
+        )
+    for name, module in experts.items():
+        if module.gauge != "identity" or module.central.numel() != module.dims.padded_out * module.dims.padded_in:
+            raise ValueError(
+                f"an adapter needs gauge 'identity' and no truncated bond, so that a central tensor is the base's "
+                f"weight; {name} has gauge {module.gauge!r} and bonds {module.dims.bond_dims(module.max_bond_dim)}: "
+                "save the whole model with save_pretrained"
+            )
+        if f"{name}.central" in trained:
+            raise ValueError(
+                f"an adapter leaves the central tensors to the base, so they must be frozen; {name}.central requires "
+                "a gradient: train with --tensor_learn or after central.requires_grad_(False), or save the whole "
+                "model with save_pretrained"
+            )
+    if not trained:
+        raise ValueError("an adapter holds the parameters that require a gradient; none does: unfreeze what you train")
+    adapters = _adapters(model)
+    frozen = sorted(adapters.active_values.keys() & dict(model.named_parameters()).keys() - trained)
+    if frozen:
+        raise ValueError(
+            f"every parameter of the active adapter {adapters.active!r} must require a gradient to be saved with it; "
+            f"{_first_of(frozen)} does not: unfreeze it with requires_grad_(True)"
+        )
+
+    held = trained | {f"{name}.scales" for name in experts}
+    weights = safetensors.torch.save({n: _copy(t) for n, t in _tensors(model).items() if n in held}, {"format": "pt"})
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base_model_name_or_path": model.name_or_path,
+        "base_hash": _base_hash(model, held, adapters.base),
+        "base_dtypes": _dtypes(model, held),
+        "weights_hash": hashlib.sha256(weights).hexdigest(),
+        "mpoe": config.to_dict(),
+    }
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / WEIGHTS_FILE, weights)
+        _write(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ValueError(f"{folder} must be a folder that can be written; {error.strerror}: name another") from error
+    return folder
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> PreTrainedModel:
+    """Load an adapter onto its base model and make it the active one, ready to be used or trained further.
+
+    Afterwards exactly the adapter's parameters require a gradient. Its values take the dtype and device of the model's
+    parameters and stay in memory under `name` for `set_adapter`.
+
+    Args:
+        model: The dense base model, which is upcycled in place with the adapter's config; or a mixture of an equal
+            config. The mixture that the first adapter is loaded onto is the base as it is, so it should be fresh from
+            `upcycle`: what its parameters are then is what `set_adapter(model, None)` brings back.
+        folder: What `save_adapter` wrote.
+        name: A name that no loaded adapter has.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: A folder without a complete adapter, another config than the mixture's, parameters that the model
+            has not, another base, a name that is taken, parameters that train outside of the active adapter. A mixture
+            is unchanged then. A dense model is upcycled before its parameters can be compared, and stays so.
+    """
+    saved = _read(Path(folder))
+    config, adapters = mpoe_config(model), _adapters(model)
+    if config is None:
+        upcycle(model, saved.config)
+        align(model)  # without it the base's weights, fresh from a file, may give other last bits than in training
+    else:
+        _check_config(saved.config, config, folder)
+    if name in adapters.adapters:
+        raise ValueError(f"name must be new; {name!r} is one of the loaded adapters {sorted(adapters.adapters)}")
+    _check_trained(model, adapters)
+    tensors = _tensors(model)
+    for held, value in sorted(saved.tensors.items()):
+        if held not in tensors or tensors[held].shape != value.shape:
+            here = f"one of shape {tuple(tensors[held].shape)}" if held in tensors else "none"
+            raise ValueError(
+                f"{folder} must be an adapter of this kind of model; it holds a {held} of shape {tuple(value.shape)}, "
+                f"the model has {here}"
+            )
+    _check_base(model, adapters, saved, folder)
+
+    for held in saved.tensors:
+        adapters.base.setdefault(held, _copy(tensors[held]))
+    adapters.adapters[name] = saved.tensors
+    setattr(model, _ATTRIBUTE, adapters)
+    _activate(model, adapters, name)
+    return model
+
+
+def set_adapter(model: PreTrainedModel, name: str | None) -> None:
+    """Make another adapter the active one, in place; what the model shares with its base is not touched.
+
+    The values of the adapter that was active are taken back into memory first, so what it learned since it was loaded
+    is kept (in memory; `save_adapter` writes it). Parameters that only other adapters hold go back to the base's
+    values. Afterwards exactly the adapter's parameters require a gradient, and all gradients are None; an optimizer
+    made before has the moments of another adapter, so make a new one.
+
+    Args:
+        model: A model with adapters.
+        name: One that `load_adapter` gave; None is the base, of which nothing requires a gradient.
+
+    Raises:
+        ValueError: A name that is not loaded, parameters that train outside of the active adapter. Nothing has changed
+            then.
+    """
+    adapters = _adapters(model)
+    if name is not None and name not in adapters.adapters:
+        raise ValueError(
+            f"name must be one of the loaded adapters {sorted(adapters.adapters)} or None; got {name!r}; load it with "
+            "mpoe.load_adapter"
+        )
+    _check_trained(model, adapters)
+    _activate(model, adapters, name)
+
+
+def active_adapter(model: PreTrainedModel) -> str | None:
+    """The name of the adapter whose values are in the model; None is the base.
+
+    Args:
+        model: Any model.
+    """
+    return _adapters(model).active
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter instead of a model.
+
+    Args:
+        folder: Any path or name.
+    """
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def base_of_adapter(folder: str | Path) -> str:
+    """The folder or hub name of the base model that an adapter was trained on.
+
+    Args:
+        folder: What `save_adapter` wrote.
+
+    Raises:
+        ValueError: A damaged adapter.
+    """
+    return _read(Path(folder)).base_name
+
+
+def _activate(model: nn.Module, adapters: AdapterSet, name: str | None) -> None:
+    tensors = _tensors(model)
+    if adapters.active is not None:
+        adapters.adapters[adapters.active] = {held: _copy(tensors[held]) for held in adapters.active_values}
+    adapters.active = name
+    with torch.no_grad():
+        for held, value in {**adapters.base, **adapters.active_values}.items():
+            tensors[held].copy_(value)
+    for held, parameter in model.named_parameters():
+        parameter.requires_grad_(held in adapters.active_values)
+        # It belongs to the old values, and an optimizer would even move a frozen parameter by it.
+        parameter.grad = None
+
+
+def _adapters(model: nn.Module) -> AdapterSet:
+    return getattr(model, _ATTRIBUTE, None) or AdapterSet()
+
+
+def _mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MPOExperts)}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that an adapter may hold, by name; tied parameters once.
+
+    The scales follow from the base, but the last bits of a mean depend on the machine.
+    """
+    scales = {f"{name}.scales": module.scales for name, module in _mpo_experts(model).items()}
+    return {**dict(model.named_parameters()), **scales}
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _base_hash(model: nn.Module, held: Collection[str], base: Mapping[str, Tensor]) -> str:
+    """The sha256 of all parameters that an adapter does not hold; `base` has those that another adapter changed."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in held:
+            value = base.get(name, parameter).detach().to("cpu", parameter.dtype).contiguous()
+            digest.update(f"{name} {_dtype_name(value)} {tuple(value.shape)}\n".encode())
+            digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dtypes(model: nn.Module, held: Collection[str]) -> list[str]:
+    return sorted({_dtype_name(parameter) for name, parameter in model.named_parameters() if name not in held})
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def _read(folder: Path) -> _SavedAdapter:
+    file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for path in (file, weights_file):
+        if not path.is_file():
+            raise ValueError(f"{folder} must be a folder that mpoe.save_adapter wrote; it has no {path.name}")
+    values = _read_json(file)
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{file} must have format {FORMAT!r}; got {values.get('format')!r}")
+    if values.get("version") != VERSION:
+        raise ValueError(f"{file} must have version {VERSION}; got {values.get('version')!r}: update mpoe")
+    try:
+        config = MPOEConfig.from_dict(values["mpoe"])
+        weights_hash, base_hash = values["weights_hash"], values["base_hash"]
+        base_name, base_dtypes = values["base_model_name_or_path"], values["base_dtypes"]
+    except KeyError as error:
+        raise ValueError(f"{file} must be as mpoe.save_adapter writes it; it has no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold the config of a mixture under 'mpoe'; {error}") from error
+    try:
+        weights = weights_file.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != weights_hash:
+            raise ValueError(f"its sha256 is not the weights_hash of {CONFIG_FILE}")
+        tensors = safetensors.torch.load(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{weights_file} must be complete and unchanged; {error}: copy or save it again") from error
+    return _SavedAdapter(config, base_name, base_hash, base_dtypes, tensors)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be the JSON that mpoe.save_adapter wrote; it cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(values).__name__}")
+    return values
+
+
+def _check_config(saved: MPOEConfig, config: MPOEConfig, folder: str | Path) -> None:
+    # through JSON, where a list and a tuple are the same
+    there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, config))
+    if there != here:
+        changes = ", ".join(f"{k}: {there[k]} there, {here[k]} here" for k in there if there[k] != here[k])
+        raise ValueError(
+            f"{folder} must be an adapter of a mixture with the model's config; {changes}: load it onto a dense base"
+        )
+
+
+def _check_trained(model: nn.Module, adapters: AdapterSet) -> None:
+    """Refuse to switch away from trained values that memory has no name for, or that are taken for the base's."""
+    stray = sorted(_trained(model) - adapters.active_values.keys())
+    if adapters.adapters and stray:
+        raise ValueError(
+            f"only parameters of the active adapter ({adapters.active!r}) may train when another is to replace it; "
+            f"{_first_of(stray)} requires a gradient: freeze it if it has not changed, or save_adapter and load that "
+            "onto a fresh base"
+        )
+
+
+def _check_base(model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapter, folder: str | Path) -> None:
+    base_hash = _base_hash(model, saved.tensors, adapters.base)
+    if base_hash != saved.base_hash:
+        dtypes = _dtypes(model, saved.tensors)
+        hint = "" if dtypes == saved.base_dtypes else f"; load the base with dtype {' and '.join(saved.base_dtypes)}"
+        raise ValueError(
+            f"wrong base: the adapter in {folder} belongs to {saved.base_name!r} (hash {saved.base_hash[:12]}, "
+            f"{' and '.join(saved.base_dtypes)}); this model is {model.name_or_path!r} (hash {base_hash[:12]}, "
+            f"{' and '.join(dtypes)}){hint}"
+        )

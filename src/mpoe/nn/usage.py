@@ -1,0 +1,79 @@
+"""What a router has done since somebody looked: sums over forwards, from which shares and means are taken.
+
+Shape letters: E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mpoe.nn.router import RouterOutput
+
+
+@dataclass(frozen=True)
+class RouterUsage:
+    """Sums over the tokens of some forwards; they stay on the device, so that counting costs no synchronisation.
+
+    Attributes:
+        tokens: Tokens routed, count.
+        tokens_per_expert: Tokens that every expert got, count.
+        dropped: Assignments that found their expert full, count.
+        probability: Of every expert, summed over tokens.
+        entropy: Of every token's probabilities, summed, nats.
+    """
+
+    tokens: Int[Tensor, ""]
+    tokens_per_expert: Int[Tensor, " E"]
+    dropped: Int[Tensor, ""]
+    probability: Float[Tensor, " E"]
+    entropy: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, route: RouterOutput) -> RouterUsage:
+        """The sums over one forward."""
+        probabilities = route.probabilities.detach()
+        return cls(
+            tokens=torch.tensor(len(probabilities), device=probabilities.device),
+            tokens_per_expert=route.tokens_per_expert,
+            dropped=route.dropped,
+            probability=probabilities.sum(dim=0),
+            entropy=torch.special.entr(probabilities).sum(),
+        )
+
+    def __add__(self, other: RouterUsage) -> RouterUsage:
+        """Both forwards together."""
+        return RouterUsage(
+            *(a + b.to(a.device) for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+    def statistics(self) -> RouterStatistics:
+        """Shares and means, as plain numbers."""
+        tokens = max(int(self.tokens), 1)
+        kept, dropped = int(self.tokens_per_expert.sum()), int(self.dropped)
+        return RouterStatistics(
+            share=(self.tokens_per_expert / max(kept, 1)).tolist(),
+            mean_probability=(self.probability / tokens).tolist(),
+            dropped_fraction=dropped / max(kept + dropped, 1),
+            entropy=float(self.entropy) / tokens,
+        )
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """How one layer's router spreads its tokens.
+
+    Attributes:
+        share: Of the assignments that each expert got; sums to 1.
+        mean_probability: Of each expert, over tokens; sums to 1.
+        dropped_fraction: Of the assignments, those that found their expert full, in [0, 1].
+        entropy: Mean over tokens of the entropy of their probabilities, nats; ln E if the router does not care.
+    """
+
+    share: list[float]
+    mean_probability: list[float]
+    dropped_fraction: float
+    entropy: float

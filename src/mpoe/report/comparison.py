@@ -1,0 +1,88 @@
+"""Several runs side by side: what they reached, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from mpoe.training.finetune import FinetuneResult
+
+FORMATS = (".md", ".csv", ".json")
+
+
+def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, float | str | None]]:
+    """One row a run, the same columns in all; None where a run has no such number.
+
+    Args:
+        results: By the run's name. One task: its metrics on the test rows; several: each task's first metric and their
+            average. Parameters in millions, time in seconds, memory in GiB.
+    """
+    columns: dict[str, None] = {}
+    rows: list[dict[str, float | str | None]] = []
+    for name, result in results.items():
+        row: dict[str, float | str | None] = {"run": name}
+        for task, splits in result.tasks.items():
+            metrics = {metric: value for metric, value in splits["test"].items() if metric != "rows"}
+            kept = metrics if len(result.tasks) == 1 else dict(list(metrics.items())[:1])
+            row |= {f"{task} {metric.replace('_', ' ')}": value for metric, value in kept.items()}
+        if len(result.tasks) > 1:
+            row["average"] = result.average["test"]
+        columns |= dict.fromkeys(row)
+        rows.append(
+            row
+            | {
+                "parameters, M": result.parameters.total / 1e6,
+                "trained, M": sum(part.trained for part in result.trained) / 1e6,
+                "steps": float(result.steps),
+                "s a step": result.seconds_per_step,
+                "peak memory, GiB": result.peak_memory / 2**30,
+            }
+        )
+    columns |= dict.fromkeys(rows[0]) if rows else {}
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def comparison_table(rows: Sequence[Mapping[str, float | str | None]], title: str = "Test rows") -> Table:
+    """The rows for a terminal.
+
+    Args:
+        rows: From `comparison_rows`.
+        title: Above the table.
+    """
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for row in rows:
+        table.add_row(*(_shown(column, value) for column, value in row.items()))
+    return table
+
+
+def comparison_text(rows: Sequence[Mapping[str, float | str | None]], suffix: str) -> str:
+    """The rows for a file.
+
+    Args:
+        rows: From `comparison_rows`.
+        suffix: Of FORMATS: a Markdown table, rounded; CSV and JSON in full.
+    """
+    columns = list(rows[0]) if rows else []
+    if suffix == ".json":
+        return json.dumps(rows, indent=2) + "\n"
+    if suffix == ".csv":
+        file = io.StringIO()
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return file.getvalue()
+    lines = [columns, ["---"] * len(columns), *([_shown(c, v) for c, v in row.items()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _shown(column: str, value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    digits = {"parameters, M": 1, "trained, M": 1, "steps": 0, "s a step": 2, "peak memory, GiB": 1}.get(column, 4)
+    return f"{value:,.{digits}f}"

@@ -1,0 +1,37 @@
+"""Which experts are used: shares of tokens by layer, and how sure the routers are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+
+from mpoe.nn import RouterStatistics
+
+
+def router_table(
+    routers: Mapping[str, RouterStatistics], title: str = "Share of tokens per expert, %; entropy in nats"
+) -> Table:
+    """One row a layer, one column an expert; a column of dropped assignments if there are any.
+
+    Args:
+        routers: By the layer's name.
+        title: Above the table.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # eight experts fit
+    table.add_column("layer")
+    for expert in range(max((len(router.share) for router in routers.values()), default=0)):
+        table.add_column(str(expert), justify="right")
+    with_drops = any(router.dropped_fraction for router in routers.values())
+    for column in ("entropy", "dropped")[: 1 + with_drops]:
+        table.add_column(column, justify="right")
+    for name, router in routers.items():
+        last = [f"{router.entropy:.2f}", f"{router.dropped_fraction:.0%}"][: 1 + with_drops]
+        # The module's own name is the same in every row and would cost the width of a terminal.
+        table.add_row(
+            name.rpartition(".")[0] or name,
+            *(f"[red]{share:.0%}[/red]" if share < 0.01 else f"{share:.0%}" for share in router.share),
+            *last,
+        )
+    return table

@@ -1,0 +1,200 @@
+"""What trains and how fast: parts of a model frozen or not, and parameter groups with rates of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from mpoe.config import COMPONENTS
+from mpoe.models import component_modules
+from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts
+
+PARTS = ("central tensors", "auxiliary tensors", "whole experts", "routers", "embeddings and head", "layer norms")
+OTHER = "attention and the rest"
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """What stays as it is; the fields are the command line's.
+
+    Attributes:
+        freeze_model: All but MPOs, experts and routers.
+        freeze_encoder: All of the encoder.
+        freeze_embeds: The word embedding and the language-model head.
+        freeze_model_but_lm_head: All but the head.
+        unfreeze_lm_head: The head trains, whatever the others say.
+        unfreeze_layer_norms: So do the layer norms.
+        tensor_learn: Central tensors are frozen: MPOP's lightweight fine-tuning.
+        update_mpo_layer: Components whose MPOs, experts and routers train, of `mpoe.config.COMPONENTS`; None is all.
+        train_AT_index: Sites whose auxiliary tensors train, from 0, the central site counted; None is all.
+    """
+
+    freeze_model: bool = False
+    freeze_encoder: bool = False
+    freeze_embeds: bool = False
+    freeze_model_but_lm_head: bool = False
+    unfreeze_lm_head: bool = False
+    unfreeze_layer_norms: bool = False
+    tensor_learn: bool = False
+    update_mpo_layer: tuple[str, ...] | None = None
+    train_AT_index: tuple[int, ...] | None = None  # noqa: N815  # the reference spells it so
+
+    def __post_init__(self) -> None:
+        if self.update_mpo_layer is not None and not set(self.update_mpo_layer) <= set(COMPONENTS):
+            raise ValueError(
+                f"update_mpo_layer must be noupdate or a list of {COMPONENTS}; got {list(self.update_mpo_layer)}"
+            )
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Set `requires_grad` of every parameter.
+
+        Args:
+            model: Dense or upcycled.
+
+        Raises:
+            ValueError: Nothing is left to train, or a flag is about MPOs and the model has none.
+        """
+        mpos = list(_mpos(model))
+        if not mpos and (self.tensor_learn or self.train_AT_index is not None):
+            raise ValueError("tensor_learn and train_AT_index are about MPOs; the model has none. Leave them out")
+        if self.freeze_model or self.freeze_model_but_lm_head:
+            model.requires_grad_(False)
+        components = component_modules(model)
+        if self.freeze_model and not self.freeze_model_but_lm_head:
+            for modules in components.values():
+                for module in modules.values():
+                    module.requires_grad_(True)
+        if self.freeze_encoder:
+            encoder = model.get_encoder()
+            for module in (encoder, encoder.get_input_embeddings()):  # which is not the encoder's own if it is an MPO
+                module.requires_grad_(False)
+        head = cast(nn.Module, model.get_output_embeddings())
+        if self.freeze_embeds:
+            for module in (model.get_input_embeddings(), head):
+                module.requires_grad_(False)
+        if self.unfreeze_lm_head or self.freeze_model_but_lm_head:
+            head.requires_grad_(True)
+        if self.unfreeze_layer_norms:
+            for name, parameter in model.named_parameters():
+                if _is_layer_norm(name):
+                    parameter.requires_grad_(True)
+        if self.update_mpo_layer is not None:
+            for component in components.keys() - set(self.update_mpo_layer):
+                for module in components[component].values():
+                    module.requires_grad_(False)
+        for experts in mpos:
+            if self.tensor_learn:
+                experts.central.requires_grad_(False)
+            if self.train_AT_index is not None:
+                self._choose_auxiliary(experts)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("something must be left to train; these flags freeze the whole model")
+
+    def _choose_auxiliary(self, experts: MPOExperts) -> None:
+        sites = experts.dims.auxiliary
+        chosen = self.train_AT_index or ()
+        if not set(chosen) <= set(sites):
+            raise ValueError(
+                f"train_AT_index must name auxiliary sites, {list(sites)} of {experts.dims.num_sites}; got "
+                f"{list(chosen)}. Site {experts.dims.central} is the central tensor, which tensor_learn is about"
+            )
+        for site, offset in zip(sites, experts.offsets, strict=True):
+            if site not in chosen:
+                offset.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """One line of the table of what trains.
+
+    Attributes:
+        name: What the parameters are.
+        trained: Those that require a gradient, count.
+        total: All of them, count.
+        learning_rate: Peak.
+    """
+
+    name: str
+    trained: int
+    total: int
+    learning_rate: float
+
+
+def trained_parts(model: nn.Module, learning_rate: float, mpo_lr: float | None) -> list[TrainedPart]:
+    """What of a model trains, and at which rate; parts that the model has not are left out.
+
+    Args:
+        model: After `Freezing.apply`.
+        learning_rate: Of everything but MPOs.
+        mpo_lr: Of central and auxiliary tensors; None is `learning_rate`.
+    """
+    part_of = {}
+    for name, parameter in model.named_parameters():
+        part_of[id(parameter)] = "layer norms" if _is_layer_norm(name) else OTHER
+    for module in model.modules():
+        kind = {DenseExperts: "whole experts", nn.Embedding: "embeddings and head"}.get(type(module))
+        if isinstance(module, MoEFeedForward) and module.router is not None:
+            part_of |= {id(p): "routers" for p in module.router.parameters()}
+        if kind is not None:
+            part_of |= {id(p): kind for p in module.parameters()}
+    head = getattr(model, "lm_head", None)
+    part_of |= {id(p): "embeddings and head" for p in (head.parameters() if isinstance(head, nn.Linear) else ())}
+    for experts in _mpos(model):
+        part_of |= {id(p): "auxiliary tensors" for p in experts.offsets} | {id(experts.central): "central tensors"}
+    rates: dict[str, float] = {} if mpo_lr is None else dict.fromkeys(("central tensors", "auxiliary tensors"), mpo_lr)
+    parts = []
+    for part in (*PARTS, OTHER):
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if part_of[id(p)] == part]
+        if sizes:
+            trained = sum(size for size, trains in sizes if trains)
+            total = sum(size for size, _ in sizes)
+            parts.append(TrainedPart(part, trained, total, rates.get(part, learning_rate)))
+    return parts
+
+
+def optimizer_with_mpo_rate(
+    model: PreTrainedModel, args: TrainingArguments, mpo_lr: float
+) -> tuple[type, dict[str, Any]]:
+    """The Trainer's optimizer, with a rate of their own for the tensors of MPOs: its `optimizer_cls_and_kwargs`.
+
+    Args:
+        model: After `Freezing.apply`.
+        args: The Trainer's: which optimizer, its rate and weight decay.
+        mpo_lr: Peak learning rate of central and auxiliary tensors, > 0.
+
+    Raises:
+        ValueError: A rate that is not positive, or a model without MPOs.
+    """
+    if not mpo_lr > 0:
+        raise ValueError(f"mpo_lr must be > 0; got {mpo_lr}. --tensor_learn and --update_mpo_layer freeze MPOs")
+    mpo = {id(p) for experts in _mpos(model) for p in (experts.central, *experts.offsets)}
+    if not mpo:
+        raise ValueError("mpo_lr is the rate of MPOs; the model has none. Leave it out")
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]  # uses no self
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in mpo, name in decayed), []).append(parameter)
+    options["params"] = [
+        {
+            "params": parameters,
+            "lr": mpo_lr if is_mpo else args.learning_rate,
+            "weight_decay": args.weight_decay if is_decayed else 0.0,
+        }
+        for (is_mpo, is_decayed), parameters in groups.items()
+    ]
+    return optimizer, options
+
+
+def _mpos(model: nn.Module) -> Iterator[MPOExperts]:
+    return (module for module in model.modules() if isinstance(module, MPOExperts))
+
+
+def _is_layer_norm(name: str) -> bool:
+    return re.search(r"layer_?norm|\bnorm\b|\bln_", name, re.IGNORECASE) is not None

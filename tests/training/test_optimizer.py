@@ -1,0 +1,122 @@
+"""What trains and how fast."""
+
+import pytest
+
+import mpoe
+from mpoe.nn import MPOExperts
+from mpoe.training.arguments import FinetuneTrainingArguments
+from mpoe.training.optimizer import Freezing, optimizer_with_mpo_rate, trained_parts
+from mpoe.training.trainer import build_trainer
+from tiny import V1_0, tiny_t5, tiny_tokenizer
+
+MLP = ".DenseReluDense."
+
+
+def make_model(version=V1_0, **options):
+    return mpoe.upcycle(tiny_t5(version), mpoe.MPOEConfig(num_experts=3, **options))
+
+
+def trained(freezing, model=None):
+    model = model or make_model()
+    freezing.apply(model)
+    return {name for name, p in model.named_parameters() if p.requires_grad}, set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("freezing", "trains"),
+    [
+        (Freezing(), lambda name: True),
+        (Freezing(freeze_model=True), lambda name: MLP in name),
+        (Freezing(freeze_encoder=True), lambda name: not name.startswith(("encoder", "shared"))),
+        (Freezing(freeze_embeds=True), lambda name: name != "shared.weight"),
+        (Freezing(freeze_model_but_lm_head=True), lambda name: name == "shared.weight"),  # tied in T5 v1.0
+        (
+            Freezing(freeze_model=True, unfreeze_layer_norms=True, tensor_learn=True),
+            lambda name: (MLP in name and not name.endswith("central")) or "layer_norm" in name,
+        ),
+        (Freezing(freeze_encoder=True, unfreeze_lm_head=True), lambda name: not name.startswith("encoder")),
+        (Freezing(tensor_learn=True), lambda name: not name.endswith("central")),
+        (Freezing(update_mpo_layer=()), lambda name: MLP not in name),
+        (Freezing(update_mpo_layer=("mlp",)), lambda name: True),
+        (Freezing(train_AT_index=(2,)), lambda name: not name.endswith("offsets.0")),
+    ],
+    ids=str,
+)
+def test_freezing(freezing, trains):
+    found, names = trained(freezing)
+    assert found == {name for name in names if trains(name)}
+    assert found
+
+
+def test_components_are_told_apart():
+    model = make_model(mpo_layers=("word_embed", "mlp", "attention"))
+    found, names = trained(Freezing(update_mpo_layer=("attention",)), model)
+    frozen = names - found
+    assert all("shared" in name or MLP in name for name in frozen)
+    assert any("SelfAttention.q" in name for name in found)
+    assert any("shared" in name for name in frozen)
+    assert any(MLP in name for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("freezing", "message"),
+    [
+        (Freezing(train_AT_index=(1,)), r"must name auxiliary sites, \[0, 2\] of 3; got \[1\]. Site 1 is the central"),
+        (Freezing(freeze_model=True, update_mpo_layer=()), "something must be left to train"),
+    ],
+)
+def test_what_makes_no_sense_is_said(freezing, message):
+    with pytest.raises(ValueError, match=message):
+        freezing.apply(make_model())
+
+
+def test_flags_about_mpos_need_mpos():
+    for freezing in (Freezing(tensor_learn=True), Freezing(train_AT_index=(0,))):
+        with pytest.raises(ValueError, match="the model has none"):
+            freezing.apply(tiny_t5())
+    with pytest.raises(ValueError, match="update_mpo_layer must be noupdate or a list of"):
+        Freezing(update_mpo_layer=("ffn",))
+
+
+def test_the_table_counts_every_parameter_once():
+    model = make_model(mpo_layers=("mlp", "attention"))
+    Freezing(tensor_learn=True, freeze_embeds=True).apply(model)
+    parts = {part.name: part for part in trained_parts(model, 1e-3, 1e-4)}
+    assert sum(part.total for part in parts.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(part.trained for part in parts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    experts = [module for module in model.modules() if isinstance(module, MPOExperts)]
+    assert parts["central tensors"].trained == 0
+    assert parts["central tensors"].total == sum(e.central.numel() for e in experts)
+    assert parts["auxiliary tensors"].trained == sum(o.numel() for e in experts for o in e.offsets)
+    assert parts["auxiliary tensors"].learning_rate == 1e-4
+    assert parts["routers"].learning_rate == 1e-3
+    assert parts["routers"].total == 4 * 3 * 33
+
+
+def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path):
+    model = make_model()
+    args = FinetuneTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3, weight_decay=0.1, eval_strategy="no"
+    )
+    plain = build_trainer(model, tiny_tokenizer(), args, None, []).create_optimizer()
+    options = optimizer_with_mpo_rate(model, args, 1e-5)
+    optimizer = build_trainer(model, tiny_tokenizer(), args, None, [], optimizer=options).create_optimizer()
+    assert type(optimizer) is type(plain)
+    mpo = {
+        id(p) for module in model.modules() if isinstance(module, MPOExperts) for p in (module.central, *module.offsets)
+    }
+    expected = {id(p): group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert found == {key: (1e-5 if key in mpo else 1e-3, decay) for key, decay in expected.items()}
+    assert set(expected.values()) == {0.0, 0.1}
+    assert {k: v for k, v in optimizer.defaults.items() if k != "lr"} == {
+        k: v for k, v in plain.defaults.items() if k != "lr"
+    }
+
+
+def test_a_wrong_rate_is_said(tmp_path):
+    args = FinetuneTrainingArguments(output_dir=str(tmp_path), use_cpu=True, eval_strategy="no")
+    with pytest.raises(ValueError, match="mpo_lr must be > 0; got 0"):
+        optimizer_with_mpo_rate(make_model(), args, 0.0)
+    with pytest.raises(ValueError, match="the model has none"):
+        optimizer_with_mpo_rate(tiny_t5(), args, 1e-3)
