@@ -3,10 +3,9 @@
 #   bash scripts/finetune_single_task.sh --model_name_or_path FOLDER --data_dir GLUE --tasks cola
 # A first argument that is a .yaml or .json file takes the config's place.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-mpoe="$root/.venv/bin/mpoe"
-[[ -x "$mpoe" ]] || mpoe=mpoe
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 case "${1:-}" in
-  *.yaml | *.yml | *.json) exec "$mpoe" finetune "$@" ;;
-  *) exec "$mpoe" finetune "$root/configs/finetune_single_task.yaml" "$@" ;;
+  *.yaml | *.yml | *.json) ;;
+  *) set -- "$here/../configs/finetune_single_task.yaml" "$@" ;;
 esac
+exec bash "$here/finetune.sh" "$@"

@@ -78,3 +78,29 @@ def _write_task(folder, name, header, line, rows):
         lines = header + [line.format(word="great" if i % 2 else "awful", label=i % 2) for i in range(count)]
         (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def moved(model):
+    """The model in evaluation mode, every parameter a little away from where it was."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    return model.eval()
+
+
+def assert_refused(command, message, folder, capsys):
+    """A command prints one line that says what is wrong, exits 2 and writes nothing."""
+    from mpoe.cli.main import main
+
+    before = files(folder)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert files(folder) == before

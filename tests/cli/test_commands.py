@@ -13,7 +13,7 @@ import mpoe
 from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import mixtures
-from tiny import FLAGS, files, tiny_t5
+from tiny import FLAGS, assert_refused, files, tiny_t5
 
 # Two experts and a dozen tokens: one of them goes hungry.
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
@@ -139,13 +139,7 @@ def test_flags_reach_the_model(ground, flags, count):
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags, message):
-    before = files(ground)
-    assert main(["finetune", *FLAGS, *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert files(ground) == before
+    assert_refused(["finetune", *FLAGS, *flags], message, ground, capsys)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +157,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags,
 )
 def test_bad_config_files(ground, capsys, text, message):
     (ground / "run.yaml").write_text(text)
-    before = files(ground)
-    assert main(["finetune", "run.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert files(ground) == before
+    assert_refused(["finetune", "run.yaml"], message, ground, capsys)
 
 
 def test_a_saved_mixture_is_trained_on(ground):

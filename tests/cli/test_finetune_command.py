@@ -15,7 +15,7 @@ from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import is_upcycled, mixtures
 from mpoe.nn import MPOExperts
-from tiny import FLAGS, files, tiny_batch, tiny_t5
+from tiny import FLAGS, assert_refused, tiny_batch, tiny_t5
 
 ROOT = Path(__file__).parents[2]
 # Two experts and a dozen tokens: one of them goes hungry.
@@ -243,12 +243,7 @@ def test_weights_come_from_another_experiment(ground):
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags, message):
-    before = files(ground)
-    assert main(["finetune", *FLAGS, *flags]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert files(ground) == before
+    assert_refused(["finetune", *FLAGS, *flags], message, ground, capsys)
 
 
 def test_runs_are_compared(ground, capsys):

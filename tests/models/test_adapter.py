@@ -356,7 +356,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, base, two):
         weights.write_bytes(good_weights)
 
     for text, message in (
-        ("{", r"adapter_config\.json must be the JSON that mpoe.save_adapter wrote; it cannot be read"),
+        ("{", r"adapter_config\.json must be the JSON file that mpoe wrote; it cannot be read"),
         ("[]", r"adapter_config\.json must hold a JSON object; got list"),
         (json.dumps({"peft_type": "LORA"}), r"adapter_config\.json must have format 'mpoe-adapter'; got None"),
         (json.dumps({**values, "version": 2}), r"adapter_config\.json must have version 1; got 2: update mpoe"),

@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import mpoe
 from mpoe.models import mixtures
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
+from tiny import V1_0, V1_1, logits_of, moved, tiny_batch, tiny_t5
 
 LOAD = """
 import sys, torch, mpoe
@@ -25,15 +25,7 @@ for load in (mpoe.from_pretrained, AutoModelForSeq2SeqLM.from_pretrained):
 def trained_model(version=V1_1, **options):
     """A mixture whose parameters have all moved."""
     model = mpoe.upcycle(tiny_t5(version), mpoe.MPOEConfig(num_experts=3, expert_noise=0.1, **options))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.01)
-    return model.eval()
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
+    return moved(model)
 
 
 @pytest.mark.parametrize(

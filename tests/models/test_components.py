@@ -23,7 +23,7 @@ from mpoe.models import FAMILIES, count_parameters, mixtures
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo import decompose
 from mpoe.nn import MPOEmbedding, MPOLinear, MPOTiedHead
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
+from tiny import V1_0, V1_1, logits_of, moved, tiny_batch, tiny_t5
 
 # Older versions of Transformers know the second name only.
 CHECKPOINTING = next(
@@ -70,15 +70,7 @@ def config_of(mpo_layers=ALL, **options):
 def trained_model(version=V1_1, **options):
     """A model whose parameters have all moved."""
     model = mpoe.upcycle(dense_t5(version), config_of(**options))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.01)
-    return model.eval()
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
+    return moved(model)
 
 
 def names_of(model, kind):

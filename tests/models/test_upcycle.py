@@ -7,15 +7,10 @@ from transformers import BertConfig, BertModel, T5EncoderModel
 import mpoe
 from mpoe.models import count_parameters, expert_shares, mixtures, reset_usage
 from mpoe.mpo import decompose
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
+from tiny import V1_0, V1_1, logits_of, tiny_batch, tiny_t5
 
 VERSIONS = pytest.mark.parametrize("version", [V1_0, V1_1], ids=["v1.0", "v1.1"])
 LAYOUTS = pytest.mark.parametrize("layout", ["separable", "balanced"])
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize("mpo_layers", [("mlp",), ()], ids=["mpo", "whole"])

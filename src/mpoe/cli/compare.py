@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mpoe.files import read_json, write_bytes
 from mpoe.report import comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS
 from mpoe.training.finetune import FinetuneResult
-from mpoe.training.run_folder import RESULTS_FILE, read_json, write_text
+from mpoe.training.run_folder import RESULTS_FILE
 
 
 def run(argv: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     rows = comparison_rows(results)
     console = Console()
     console.print(comparison_table(rows))
-    write_text(output, comparison_text(rows, output.suffix))
+    write_bytes(output, comparison_text(rows, output.suffix).encode())
     console.print(f"written to {output}")
 
 

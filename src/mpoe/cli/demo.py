@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from mpoe.cli.assets import sentiment_data, t5_checkpoint
 from mpoe.config import MPOEConfig
+from mpoe.files import read_json, write_json
 from mpoe.models import mixtures
 from mpoe.report import router_table
 from mpoe.training.arguments import (
@@ -26,7 +27,7 @@ from mpoe.training.arguments import (
     TrainableArguments,
 )
 from mpoe.training.finetune import FinetuneResult, finetune, load_model
-from mpoe.training.run_folder import RunFolder, read_json, write_json
+from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.trainer import build_trainer, evaluate, tokenize
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
+from mpoe.files import read_json, write_bytes, write_json
 from mpoe.models.checkpoint import align
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import upcycle
@@ -126,8 +126,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS_FILE, weights)
-        _write(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
+        write_bytes(folder / WEIGHTS_FILE, weights)
+        write_json(folder / CONFIG_FILE, values)
     except OSError as error:
         raise ValueError(f"{folder} must be a folder that can be written; {error.strerror}: name another") from error
     return folder
@@ -300,18 +300,12 @@ def _first_of(names: list[str]) -> str:
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
-
-
 def _read(folder: Path) -> _SavedAdapter:
     file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path in (file, weights_file):
         if not path.is_file():
             raise ValueError(f"{folder} must be a folder that mpoe.save_adapter wrote; it has no {path.name}")
-    values = _read_json(file)
+    values = read_json(file)
     if values.get("format") != FORMAT:
         raise ValueError(f"{file} must have format {FORMAT!r}; got {values.get('format')!r}")
     if values.get("version") != VERSION:
@@ -332,16 +326,6 @@ def _read(folder: Path) -> _SavedAdapter:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{weights_file} must be complete and unchanged; {error}: copy or save it again") from error
     return _SavedAdapter(config, base_name, base_hash, base_dtypes, tensors)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} must be the JSON that mpoe.save_adapter wrote; it cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object; got {type(values).__name__}")
-    return values
 
 
 def _check_config(saved: MPOEConfig, config: MPOEConfig, folder: str | Path) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpoe.files import read_json, write_json
+
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 # The Trainer writes this file last, so a checkpoint that has it was written to its end.
@@ -101,43 +103,3 @@ def last_checkpoint(path: Path) -> Path | None:
         if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / CHECKPOINT_MARK).is_file()
     }
     return steps[max(steps)] if steps else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name and rename it.
-
-    Args:
-        path: The file.
-        value: JSON-ready.
-    """
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text to a temporary name and rename it.
-
-    Args:
-        path: The file.
-        text: All of it.
-    """
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that this program wrote.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: It cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be the JSON file that this command wrote; it cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
-    return value
