@@ -223,8 +223,11 @@ def test_a_missing_tokenizer_is_an_error(ground, capsys):
 
 
 def test_predict_refuses_what_it_cannot_do(ground, capsys):
-    assert main(["predict", "model", "a text"]) == 2
-    assert "names no quant_method 'mpoe'" in capsys.readouterr().err
+    assert main(["predict", "data", "a text"]) == 2
+    assert "data must be a folder with a config.json" in capsys.readouterr().err
+    assert main(["predict", "./nowhere", "a text"]) == 2
+    assert "./nowhere must be a folder with a config.json; there is no such folder" in capsys.readouterr().err
+    assert main(["predict", "model", "a text"]) == 0, "a dense model answers too"
     assert main(["predict", "model", "--task", "mrpc", "a text"]) == 2
     assert "task mrpc takes several texts (sentence1, sentence2)" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mpoe.models import clear_load_errors, from_pretrained, load_adapter, load_tokenizer
+from mpoe.models import clear_load_errors, load_adapter, load_tokenizer
 from mpoe.models.adapter import base_of_adapter, is_adapter
 from mpoe.training.tasks import get_task
 
@@ -20,9 +20,9 @@ def run(argv: Sequence[str]) -> None:
         argv: What follows `mpoe predict`.
 
     Raises:
-        ValueError: Not a mixture's folder, an unknown task, or a task of several texts.
+        ValueError: Not a model's folder, an unknown task, or a task of several texts.
     """
-    parser = argparse.ArgumentParser(prog="mpoe predict", description="Let a fine-tuned mixture answer.")
+    parser = argparse.ArgumentParser(prog="mpoe predict", description="Let a fine-tuned model answer.")
     parser.add_argument("model", help="folder that mpoe finetune wrote, or the adapter's folder in it")
     parser.add_argument("text", nargs="+", help="texts to answer")
     parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
@@ -45,9 +45,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not is_adapter(path):
-        return from_pretrained(path), load_tokenizer(path)
-    base = base_of_adapter(path)
+    base = base_of_adapter(path) if is_adapter(path) else path
     with clear_load_errors(base):
         model = AutoModelForSeq2SeqLM.from_pretrained(base)
-    return load_adapter(model, path).eval(), load_tokenizer(base)
+    if is_adapter(path):
+        load_adapter(model, path)
+    return model.eval(), load_tokenizer(base)

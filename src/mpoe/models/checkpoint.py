@@ -151,6 +151,12 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
     Args:
         path: What is loaded: a folder, or a name on the hub.
     """
+    name = str(path)
+    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(
+            f"{name} must be a folder with a config.json; there is no such folder (a name on the hub has the form "
+            "owner/model)"
+        )
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

@@ -227,7 +227,7 @@ def finetune(
         if len(on_dev.targets) == len(rows.dev):
             metrics[task.name]["dev"] = on_dev.metrics(task)
     adapter_bytes = None
-    if trainable is not None and trainable.freezing().tensor_learn:
+    if trainable is not None and trainable.freezing().tensor_learn and trainer.is_world_process_zero():
         adapter_bytes = _save_adapter(model, folder.path / ADAPTER_FOLDER)
     result = FinetuneResult(
         tasks=metrics,
