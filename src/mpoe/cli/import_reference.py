@@ -47,12 +47,14 @@ def run(argv: Sequence[str]) -> None:
     base = str(args.checkpoint.parent) if args.config is None else args.config
     _check_free(args.output_dir)
     config = read_config(base)
+    console = Console()
+    console.print(f"Reading {args.checkpoint} ...")  # gigabytes take a while
     tensors = read_checkpoint(args.checkpoint)
+    console.print(f"Importing {len(tensors):,} tensors ...")
     model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
     has_tokenizer = any((Path(base) / name).is_file() for name in TOKENIZER_FILES)
     _save(model, base if has_tokenizer else None, args.output_dir)
 
-    console = Console()
     console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
     square = sorted({shape for shape in map(_shape, model.modules()) if shape and shape[0] == shape[1]})
     if square:
