@@ -108,6 +108,8 @@ class MPOEConfig:
     """The name under which Transformers' loader finds the format (see `mpoe.models.checkpoint`)."""
 
     def __post_init__(self) -> None:
+        for name in ("mpo_layers", "stacks", "layers"):
+            _require(not isinstance(getattr(self, name), str), name, "a list", getattr(self, name))
         self.mpo_layers = tuple(self.mpo_layers)
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
@@ -126,6 +128,11 @@ class MPOEConfig:
             not self.is_mixture or self.experts_per_token <= self.num_experts,
             "top_k", f"at most num_experts = {self.num_experts}", self.experts_per_token,
         )  # fmt: skip
+        for name in ("second_policy_train", "second_policy_eval"):
+            _require(
+                getattr(self, name) == "all" or self.experts_per_token > 1,
+                name, "'all' where a token has one expert (moe_type 'moe' gives it two)", getattr(self, name),
+            )  # fmt: skip
         _require(set(self.mpo_layers) <= set(COMPONENTS), "mpo_layers", f"a list of {COMPONENTS}", self.mpo_layers)
         _require(
             self.stacks is None or (self.stacks and set(self.stacks) <= {"encoder", "decoder"}),

@@ -250,7 +250,7 @@ def test_progress_is_shown(ground, capfd):
     assert main(["finetune", *flags, "--save_strategy", "no"]) == 0
     error = capfd.readouterr().err
     assert "4/4" in error
-    assert "Evaluating: 100%" in error
+    assert "Evaluating sentiment: 100%" in error
 
 
 def test_help_and_unknown_commands(capsys):

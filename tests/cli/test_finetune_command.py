@@ -231,7 +231,10 @@ def test_weights_come_from_another_experiment(ground):
         (["--update_mpo_layer", "ffn"], "update_mpo_layer must be noupdate or a comma list"),
         (["--train_AT_index", "1"], "must name auxiliary sites, [0, 2] of 3; got [1]"),
         (["--gradient_mask_prob", "2"], "gradient_mask_prob must be in [0, 1]; got 2.0"),
-        (["--gradient_mask_prob", "0.5", "--mpo_layers", "nompo"], "needs a central tensor that trains"),
+        (["--gradient_mask_prob", "0.5", "--mpo_layers", "nompo"], "gradient_mask_prob is about the central tensors"),
+        (["--gradient_mask_prob", "0.5", "--update_mpo_layer", "noupdate"], "needs a central tensor that trains"),
+        (["--gradient_mask_prob", "0.5", "--tensor_learn"], "which tensor_learn freezes; leave one of them out"),
+        (["--second_policy_train", "random"], "second_policy_train must be 'all' where a token has one expert"),
         (["--mpo_lr", "0"], "mpo_lr must be > 0; got 0.0"),
         (["--mpo_lr", "1e-4", "--mpo_layers", "nompo"], "mpo_lr is the rate of MPOs; the model has none"),
         (["--tensor_learn", "--moe_type", "none", "--mpo_layers", "nompo"], "the model has none"),
@@ -244,6 +247,30 @@ def test_weights_come_from_another_experiment(ground):
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags, message):
     assert_refused(["finetune", *FLAGS, *flags], message, ground, capsys)
+
+
+def test_flags_against_what_a_mixture_is_are_refused(ground, capsys):
+    finetune.run([*QUICK, "--output_dir", "first"])
+    capsys.readouterr()
+    again = ["finetune", *QUICK, "--model_name_or_path", "first"]
+    for flags, message in (
+        (["--num_experts", "4"], "stays what it is (num_experts: 2 there, 4 now)"),
+        (["--moe_type", "moe"], "stays what it is (moe_type: switch there, moe now)"),
+        (["--moe_type", "none", "--mpo_layers", "nompo"], "must be dense to be trained as a dense one"),
+    ):
+        assert_refused([*again, *flags], message, ground, capsys)
+    assert main([*again, "--learning_rate", "0.01"]) == 0
+    capsys.readouterr()
+    other = ["finetune", *QUICK, "--load_experiment", "first", "--moe_type", "moe", "--output_dir", "other"]
+    assert_refused(other, "must be one of these flags (moe_type: switch there, moe now)", ground, capsys)
+
+
+def test_an_unfinished_run_is_no_model(ground, capsys):
+    finetune.run([*QUICK])
+    Path("run/results.json").unlink()
+    capsys.readouterr()
+    assert_refused(["predict", "run", "a text"], "repeat its command, which resumes it", ground, capsys)
+    assert_refused(["predict", "run"], "the following arguments are required: text", ground, capsys)
 
 
 def test_runs_are_compared(ground, capsys):

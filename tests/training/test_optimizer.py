@@ -71,9 +71,9 @@ def test_what_makes_no_sense_is_said(freezing, message):
 
 
 def test_flags_about_mpos_need_mpos():
-    for freezing in (Freezing(tensor_learn=True), Freezing(train_AT_index=(0,))):
-        with pytest.raises(ValueError, match="the model has none"):
-            freezing.apply(tiny_t5())
+    for flag, value in (("tensor_learn", True), ("train_AT_index", (0,))):
+        with pytest.raises(ValueError, match=f"{flag} is about MPOs; the model has none"):
+            Freezing(**{flag: value}).apply(tiny_t5())
     with pytest.raises(ValueError, match="update_mpo_layer must be noupdate or a list of"):
         Freezing(update_mpo_layer=("ffn",))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mpoe.cli.parsing import raise_error
 from mpoe.files import read_json, write_bytes
 from mpoe.report import comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS
@@ -29,6 +30,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "-o", "--output", help="file for the table: .md, .csv or .json (default: comparison.md beside the runs)"
     )
+    parser.error = raise_error
     args = parser.parse_args(argv)
     paths = [Path(path) for path in args.runs]
     # Where all runs lie in one folder, its name says nothing in a table.
@@ -39,8 +41,10 @@ def run(argv: Sequence[str]) -> None:
     if output.suffix not in FORMATS:
         raise ValueError(f"output must be a file {', '.join(FORMATS)}; got {output}")
     rows = comparison_rows(results)
-    console = Console()
-    console.print(comparison_table(rows))
+    console, table = Console(), comparison_table(rows)
+    if not console.is_terminal:  # a file or pipe is as wide as it need be
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
     write_bytes(output, comparison_text(rows, output.suffix).encode())
     console.print(f"written to {output}")
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import set_seed
 
 from mpoe.cli.assets import sentiment_data, t5_checkpoint
+from mpoe.cli.parsing import raise_error
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_json
 from mpoe.models import mixtures
@@ -94,6 +95,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    parser.error = raise_error
     args = parser.parse_args(argv)
     for name in ("max_steps", "batch_size"):
         if getattr(args, name) < 1:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from mpoe.cli.parsing import parse
-from mpoe.models import is_upcycled, mixtures
+from mpoe.config import MPOEConfig
+from mpoe.models import component_modules, is_upcycled, mixtures, mpoe_config
 from mpoe.report import metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
@@ -58,17 +60,22 @@ def _finetune(
 ) -> FinetuneResult:  # fmt: skip
     config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
     trainable.freezing()  # a wrong flag should not wait for data and weights
-    data = _load_tasks(data_args, args.seed)
+    if 0 < trainable.gradient_mask_prob < 1 and (config is None or not config.mpo_layers):
+        raise ValueError("gradient_mask_prob is about the central tensors of MPOs; leave it out, or see --mpo_layers")
+    data = _load_tasks(data_args, args.seed, console)
     set_seed(args.seed)
+    console.print(f"Loading {model_args.model_name_or_path} ...")
     model, tokenizer = load_model(model_args, config, trainable)
+    _check_mixture_flags(model, config, args.seed)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
     layers = mixtures(model)
-    kind = "MPOs without a mixture" if is_upcycled(model) else "dense"
+    components = ", ".join(component_modules(model))
+    kind = f"MPOs without a mixture ({components})" if is_upcycled(model) else "dense"
     if layers:
         router = next(iter(layers.values())).router
         experts = "" if router is None else f"{router.num_experts} experts, {router.top_k} for a token"
-        kind = f"{len(layers)} feed-forward layers with {experts}"
+        kind = f"{len(layers)} feed-forward layers with {experts}; changed: {components}"
     console.print(f"{model_args.model_name_or_path}: {kind}.")
     for name in data:
         console.print(_rows_of(name, data[name][1], data_args))
@@ -76,7 +83,24 @@ def _finetune(
     return finetune(model, tokenizer, data, args, folder, data_args, trainable)
 
 
-def _load_tasks(data_args: DataArguments, seed: int) -> dict[str, tuple[Task, TaskData]]:
+def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, seed: int) -> None:
+    """Refuse flags that say something else than a model that had been upcycled before."""
+    saved, default = mpoe_config(model), MixtureArguments().mpoe_config(8, seed, STACKS_FOR_LABELS)
+    if saved is None or saved is config:
+        return
+    if config is None:
+        raise ValueError("the model must be dense to be trained as a dense one; it has been upcycled before")
+    names = [field.name for field in dataclasses.fields(config)]
+    asked = [name for name in names if getattr(config, name) != getattr(default, name)]
+    if wrong := [name for name in asked if getattr(config, name) != getattr(saved, name)]:
+        changes = ", ".join(f"{name}: {getattr(saved, name)} there, {getattr(config, name)} now" for name in wrong)
+        raise ValueError(
+            f"the model has been upcycled before and stays what it is ({changes}); leave these flags out, or start "
+            "from its dense base"
+        )
+
+
+def _load_tasks(data_args: DataArguments, seed: int, console: Console) -> dict[str, tuple[Task, TaskData]]:
     """The rows of all tasks; the names in the arguments become the tasks' own."""
     named = [get_task(name) for name in data_args.tasks]
     evaluated = named if data_args.eval_tasks is None else [get_task(name) for name in data_args.eval_tasks]
@@ -85,7 +109,12 @@ def _load_tasks(data_args: DataArguments, seed: int) -> dict[str, tuple[Task, Ta
         if len(set(names)) < len(names):
             raise ValueError(f"{flag} must name every task once; got {', '.join(names)}")
     tasks = {task.name: task for task in (*named, *evaluated)}
-    return {name: (task, load_task(task, data_args.data_dir, seed)) for name, task in tasks.items()}
+    data = {}
+    for name, task in tasks.items():
+        where = data_args.data_dir or (f"the hub ({task.hub})" if task.hub else "its files")
+        console.print(f"Loading task {name} from {where} ...")
+        data[name] = task, load_task(task, data_args.data_dir, seed)
+    return data
 
 
 def _rows_of(name: str, data: TaskData, data_args: DataArguments) -> str:

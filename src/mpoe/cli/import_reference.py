@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from mpoe.cli.parsing import raise_error
 from mpoe.models import count_parameters, load_tokenizer, mixtures, mpoe_config, read_config
 from mpoe.models.checkpoint import TOKENIZER_FILES
 from mpoe.models.families import T5_SIZES
@@ -43,7 +44,10 @@ def run(argv: Sequence[str]) -> None:
         choices=ORIENTATIONS,
         help="which dimensions come first in the sites of square matrices; default: as in the other matrices",
     )
+    parser.error = raise_error
     args = parser.parse_args(argv)
+    if not args.checkpoint.is_file():
+        raise ValueError(f"the checkpoint must be a file; {args.checkpoint} is none")
     base = str(args.checkpoint.parent) if args.config is None else args.config
     _check_free(args.output_dir)
     config = read_config(base)

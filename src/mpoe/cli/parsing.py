@@ -53,13 +53,16 @@ def parse(
     """
     parser = HfArgumentParser(dataclasses, prog=prog, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
-    parser.error = _raise_error  # one line instead of a usage of a hundred flags
+    parser.error = raise_error  # one line instead of a usage of a hundred flags
     argv = _without_effect(_renamed_flags(argv))
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        _set_defaults(parser, _renamed_keys(_read_config(Path(argv.pop(0)))))
+        path = Path(argv.pop(0))
+        _set_defaults(parser, _renamed_keys(_read_config(path)), path)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"unknown arguments {unknown}; {prog} --help lists the flags")
+        late = [word for word in unknown if word.endswith((".yaml", ".yml", ".json"))]
+        hint = f"; a config file comes first, before the flags: {late[0]}" if late else ""
+        raise ValueError(f"unknown arguments {unknown}; {prog} --help lists the flags{hint}")
     values = vars(namespace)
     built = HfArgumentParser(dataclasses)  # pyright: ignore[reportArgumentType]
     given = {name: value for name, value in values.items() if value != built.get_default(name)}
@@ -103,7 +106,7 @@ def _without_effect(argv: list[str]) -> list[str]:
 
 
 def _renamed_keys(values: dict[str, Any]) -> dict[str, Any]:
-    for name in values.keys() & WITHOUT_EFFECT.keys():
+    for name in filter(WITHOUT_EFFECT.__contains__, values):
         _explain(name)
     return {RENAMED.get(name, name): value for name, value in values.items() if name not in WITHOUT_EFFECT}
 
@@ -112,11 +115,13 @@ def _explain(name: str) -> None:
     print(f"note: {name} has no effect: {WITHOUT_EFFECT[name]}", file=sys.stderr)
 
 
-def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
+def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], path: Path) -> None:
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
-        raise ValueError(f"unknown config keys {unknown}; {parser.prog} --help lists the flags, which are the keys")
+        raise ValueError(
+            f"{path}: unknown config keys {unknown}; {parser.prog} --help lists the flags, which are the keys"
+        )
     for name, value in values.items():
         # argparse reads strings as it reads flags ("1e-4")
         if isinstance(value, dict):  # a flag that takes JSON
@@ -129,5 +134,10 @@ def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
         actions[name].required = False
 
 
-def _raise_error(message: str) -> NoReturn:
+def raise_error(message: str) -> NoReturn:
+    """What a parser's `error` is to be: one line instead of a usage and an exit.
+
+    Args:
+        message: What argparse says.
+    """
     raise ValueError(message)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpoe.cli.parsing import raise_error
 from mpoe.models import clear_load_errors, load_adapter, load_tokenizer
 from mpoe.models.adapter import base_of_adapter, is_adapter
+from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 from mpoe.training.tasks import get_task
 
 
@@ -22,10 +25,13 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Not a model's folder, an unknown task, or a task of several texts.
     """
-    parser = argparse.ArgumentParser(prog="mpoe predict", description="Let a fine-tuned model answer.")
+    parser = argparse.ArgumentParser(
+        prog="mpoe predict", description="Let a fine-tuned model answer: a line a text, the answer, a tab, the text."
+    )
     parser.add_argument("model", help="folder that mpoe finetune wrote, or the adapter's folder in it")
     parser.add_argument("text", nargs="+", help="texts to answer")
     parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
+    parser.error = raise_error
     args = parser.parse_args(argv)
     sources = args.text
     if args.task is not None:
@@ -45,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if (Path(path) / RUN_FILE).is_file() and not (Path(path) / RESULTS_FILE).is_file():
+        raise ValueError(f"{path} must be a finished run; this one is not: repeat its command, which resumes it")
     base = base_of_adapter(path) if is_adapter(path) else path
     with clear_load_errors(base):
         model = AutoModelForSeq2SeqLM.from_pretrained(base)

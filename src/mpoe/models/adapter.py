@@ -357,5 +357,5 @@ def _check_base(model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapt
         raise ValueError(
             f"wrong base: the adapter in {folder} belongs to {saved.base_name!r} (hash {saved.base_hash[:12]}, "
             f"{' and '.join(saved.base_dtypes)}); this model is {model.name_or_path!r} (hash {base_hash[:12]}, "
-            f"{' and '.join(dtypes)}){hint}"
+            f"{' and '.join(dtypes)}): load the weights that it was trained with{hint}"
         )

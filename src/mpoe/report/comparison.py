@@ -18,8 +18,8 @@ def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, flo
     """One row a run, the same columns in all; None where a run has no such number.
 
     Args:
-        results: By the run's name. One task: its metrics on the test rows; several: each task's first metric and their
-            average. Parameters in millions, time in seconds, memory in GiB.
+        results: By the run's name. Metrics are those of the test rows, and of several tasks the average of their first
+            ones; cross-entropy in nats a row, parameters in millions, time in seconds, memory in GiB.
     """
     columns: dict[str, None] = {}
     rows: list[dict[str, float | str | None]] = []
@@ -27,8 +27,7 @@ def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, flo
         row: dict[str, float | str | None] = {"run": name}
         for task, splits in result.tasks.items():
             metrics = {metric: value for metric, value in splits["test"].items() if metric != "rows"}
-            kept = metrics if len(result.tasks) == 1 else dict(list(metrics.items())[:1])
-            row |= {f"{task} {metric.replace('_', ' ')}": value for metric, value in kept.items()}
+            row |= {f"{task} {metric.replace('_', ' ')}": value for metric, value in metrics.items()}
         if len(result.tasks) > 1:
             row["average"] = result.average["test"]
         columns |= dict.fromkeys(row)
@@ -47,17 +46,18 @@ def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, flo
 
 
 def comparison_table(rows: Sequence[Mapping[str, float | str | None]], title: str = "Test rows") -> Table:
-    """The rows for a terminal.
+    """The rows for a terminal, one column a run: there are more numbers than runs, as a rule.
 
     Args:
         rows: From `comparison_rows`.
         title: Above the table.
     """
     table = Table(title=title, title_justify="left")
-    for column in rows[0] if rows else ():
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table.add_column("")
     for row in rows:
-        table.add_row(*(_shown(column, value) for column, value in row.items()))
+        table.add_column(str(row["run"]), justify="right")
+    for column in list(rows[0])[1:] if rows else ():
+        table.add_row(column, *(_shown(column, row[column]) for row in rows))
     return table
 
 

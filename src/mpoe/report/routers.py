@@ -19,12 +19,14 @@ def router_table(
         routers: By the layer's name.
         title: Above the table.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # eight experts fit
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )  # eight experts fit
     table.add_column("layer")
     for expert in range(max((len(router.share) for router in routers.values()), default=0)):
         table.add_column(str(expert), justify="right")
     with_drops = any(router.dropped_fraction for router in routers.values())
-    for column in ("entropy", "dropped")[: 1 + with_drops]:
+    for column in ("entropy", "drop")[: 1 + with_drops]:
         table.add_column(column, justify="right")
     for name, router in routers.items():
         last = [f"{router.entropy:.2f}", f"{router.dropped_fraction:.0%}"][: 1 + with_drops]

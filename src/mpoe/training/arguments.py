@@ -248,6 +248,10 @@ class TrainableArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.gradient_mask_prob <= 1:
             raise ValueError(f"gradient_mask_prob must be in [0, 1]; got {self.gradient_mask_prob}")
+        if self.tensor_learn and self.gradient_mask_prob:
+            raise ValueError(
+                "gradient_mask_prob masks the central tensors, which tensor_learn freezes; leave one of them out"
+            )
 
     def freezing(self) -> Freezing:
         """What these flags freeze.

@@ -27,6 +27,7 @@ from mpoe.models import (
     from_pretrained,
     is_upcycled,
     load_tokenizer,
+    mpoe_config,
     reset_usage,
     router_statistics,
     save_adapter,
@@ -43,6 +44,11 @@ from mpoe.training.tasks import Task, TaskData
 from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer, evaluate, tokenize
 
 ADAPTER_FOLDER = "adapter"
+# Of a mixture's config, what its weights mean.
+_FUNCTION = (
+    "num_experts", "moe_type", "top_k", "layout", "num_sites", "gauge", "is_scale_prob", "expert_bias",
+    "router_input_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,14 @@ def load_experiment(model: PreTrainedModel, path: str, components: Sequence[str]
         ValueError: A folder without such a model, a component that either model has not, or other shapes.
     """
     source = from_pretrained(path)
+    here, there = mpoe_config(model), mpoe_config(source)
+    if here is not None and there is not None:
+        different = [name for name in _FUNCTION if getattr(here, name) != getattr(there, name)]
+        if different:
+            changes = ", ".join(
+                f"{name}: {getattr(there, name)} there, {getattr(here, name)} now" for name in different
+            )
+            raise ValueError(f"the mixture in {path} must be one of these flags ({changes}); repeat those it has")
     if components is None:
         pairs: list[tuple[torch.nn.Module, torch.nn.Module]] = [(model, source)]
     else:

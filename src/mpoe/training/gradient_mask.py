@@ -62,8 +62,8 @@ class GradientMask:
         self.central = [module.central for module in experts if module.central.requires_grad]
         if prob and not self.central:
             raise ValueError(
-                "a gradient mask needs a central tensor that trains; the model has none. It must be upcycled with "
-                "mpo_layers, and the central tensors not be frozen"
+                "a gradient mask needs a central tensor that trains; the model has none. Leave gradient_mask_prob out, "
+                "or let mpo_layers and update_mpo_layer give it some"
             )
         self.prob = prob
         self.level = level

@@ -60,8 +60,9 @@ class Freezing:
             ValueError: Nothing is left to train, or a flag is about MPOs and the model has none.
         """
         mpos = list(_mpos(model))
-        if not mpos and (self.tensor_learn or self.train_AT_index is not None):
-            raise ValueError("tensor_learn and train_AT_index are about MPOs; the model has none. Leave them out")
+        for flag in ("tensor_learn", "train_AT_index"):
+            if not mpos and getattr(self, flag) not in (False, None):
+                raise ValueError(f"{flag} is about MPOs; the model has none. Leave it out, or see mpo_layers")
         if self.freeze_model or self.freeze_model_but_lm_head:
             model.requires_grad_(False)
         components = component_modules(model)

@@ -203,7 +203,8 @@ def _described_task(path: Path) -> Task:
             raise ValueError(f"{path}: {key} must be text; got {values[key]!r}. Correct {key}, or quote it")
     for key in ("name", "template", "metrics"):
         if key not in values:
-            raise ValueError(f"{path}: {key} must be given; got {', '.join(values) or 'no keys'}. Add {key}")
+            of = f", of {', '.join(METRICS)}" if key == "metrics" else ""
+            raise ValueError(f"{path}: {key} must be given; got {', '.join(values) or 'no keys'}. Add {key}{of}")
     if not re.fullmatch(r"[\w.-]+", values["name"]):
         raise ValueError(f"{path}: name must be of letters, digits and _.- only; got {values['name']!r}. Correct name")
     label = values.get("label", "label")

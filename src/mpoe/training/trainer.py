@@ -206,7 +206,7 @@ def evaluate(trainer: Seq2SeqTrainer, rows: Dataset, task: Task, tokenizer: PreT
 
     parts = []
     batches = trainer.get_test_dataloader(rows)  # pyright: ignore[reportArgumentType]
-    for batch in tqdm(batches, desc="Evaluating", disable=args.disable_tqdm):
+    for batch in tqdm(batches, desc=f"Evaluating {task.name}", disable=args.disable_tqdm):
         batch = trainer._prepare_inputs(batch)
         inputs = {"attention_mask": batch["attention_mask"]}
         inputs["encoder_outputs"] = model.get_encoder()(input_ids=batch["input_ids"], **inputs)
