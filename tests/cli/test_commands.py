@@ -49,6 +49,8 @@ def test_the_same_command_again_finds_a_finished_run(ground, capsys):
     assert "Found a finished run" in printed
     assert "sentiment after 4 steps" in printed
     assert files(ground) == before
+    (ground / "run" / "results.json").write_text('{"metrics": {}}')
+    assert_refused(["finetune", *FLAGS], "must be what this version of mpoe wrote", ground, capsys)
 
 
 def test_an_interrupted_run_resumes_to_the_same_end(ground, capsys, monkeypatch):

@@ -293,7 +293,7 @@ def test_runs_are_compared(ground, capsys):
     assert main(["compare", "runs/dense", "-o", "nowhere/table.md"]) == 2
     Path("runs/dense/results.json").write_text("{}")
     assert main(["compare", "runs/dense"]) == 2
-    assert "must be what this version of mpoe wrote" in capsys.readouterr().err
+    assert "runs/dense: a results.json must be what this version of mpoe wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune_single_task"])

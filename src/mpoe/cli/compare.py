@@ -54,7 +54,5 @@ def _result(path: Path) -> FinetuneResult:
         raise ValueError(f"a run must be the output folder of a finished mpoe finetune; {path} has no {RESULTS_FILE}")
     try:
         return FinetuneResult.from_dict(read_json(path / RESULTS_FILE))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path / RESULTS_FILE} must be what this version of mpoe wrote; {error}; run it anew"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

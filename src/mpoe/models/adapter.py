@@ -353,9 +353,10 @@ def _check_base(model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapt
     base_hash = _base_hash(model, saved.tensors, adapters.base)
     if base_hash != saved.base_hash:
         dtypes = _dtypes(model, saved.tensors)
-        hint = "" if dtypes == saved.base_dtypes else f"; load the base with dtype {' and '.join(saved.base_dtypes)}"
+        same = dtypes == saved.base_dtypes
+        what = "weights that it was trained with" if same else f"base with dtype {' and '.join(saved.base_dtypes)}"
         raise ValueError(
             f"wrong base: the adapter in {folder} belongs to {saved.base_name!r} (hash {saved.base_hash[:12]}, "
             f"{' and '.join(saved.base_dtypes)}); this model is {model.name_or_path!r} (hash {base_hash[:12]}, "
-            f"{' and '.join(dtypes)}): load the weights that it was trained with{hint}"
+            f"{' and '.join(dtypes)}); load the {what}"
         )

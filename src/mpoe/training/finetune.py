@@ -92,15 +92,28 @@ class FinetuneResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FinetuneResult:
-        """The inverse of `dataclasses.asdict`, for a results.json."""
-        return cls(
-            **{
-                **values,
-                "parameters": ParameterCount(**values["parameters"]),
-                "trained": [TrainedPart(**part) for part in values["trained"]],
-                "routers": {name: RouterStatistics(**router) for name, router in values["routers"].items()},
-            }
-        )
+        """The inverse of `dataclasses.asdict`, for a results.json.
+
+        Args:
+            values: What the file holds.
+
+        Raises:
+            ValueError: Another version of mpoe wrote it, or something else.
+        """
+        try:
+            return cls(
+                **{
+                    **values,
+                    "parameters": ParameterCount(**values["parameters"]),
+                    "trained": [TrainedPart(**part) for part in values["trained"]],
+                    "routers": {name: RouterStatistics(**router) for name, router in values["routers"].items()},
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"a results.json must be what this version of mpoe wrote; got one without its fields ({error}); run it "
+                "anew in another folder"
+            ) from error
 
 
 def load_model(
