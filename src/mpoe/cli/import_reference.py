@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mpoe.cli.parsing import raise_error
 from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts, mpoe_config, read_config
-from mpoe.models.checkpoint import TOKENIZER_FILES
+from mpoe.models.checkpoint import has_tokenizer
 from mpoe.models.families import T5_SIZES
 from mpoe.models.reference import ORIENTATIONS, import_reference, read_checkpoint
 
@@ -55,8 +55,8 @@ def run(argv: Sequence[str]) -> None:
     tensors = read_checkpoint(args.checkpoint)
     console.print(f"Importing {len(tensors):,} tensors ...")
     model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
-    has_tokenizer = any((Path(base) / name).is_file() for name in TOKENIZER_FILES)
-    _save(model, base if has_tokenizer else None, args.output_dir)
+    tokenizer = base if has_tokenizer(base) else None
+    _save(model, tokenizer, args.output_dir)
 
     console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
     shapes = {(e.dims.out_features, e.dims.in_features) for e in mpo_experts(model).values()}
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
         sizes = ", ".join(f"{rows}×{columns}" for rows, columns in square)
         console.print(f"Square matrices ({sizes}) were read {how}; --orientation says otherwise.")
     out = args.output_dir
-    if has_tokenizer:
+    if tokenizer is not None:
         console.print(f"Go on with mpoe predict {out} 'a text', or in Python with mpoe.from_pretrained('{out}').")
     else:
         console.print(
