@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -186,6 +187,16 @@ class MPOEConfig:
                 f"keys of an MPOEConfig must be among {sorted(known)}; got {unknown}; remove or rename them"
             )
         return cls(**{name: value for name, value in values.items() if name in known})
+
+    def changes_to(self, other: MPOEConfig, names: Iterable[str]) -> str:
+        """What another config has otherwise, for an error message; empty if nothing.
+
+        Args:
+            other: What is asked for now, where this one is there already.
+            names: The fields that count.
+        """
+        there, now = vars(self), vars(other)
+        return ", ".join(f"{name}: {there[name]} there, {now[name]} now" for name in names if there[name] != now[name])
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults; Transformers prints this."""

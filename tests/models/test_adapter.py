@@ -14,7 +14,7 @@ from torch import nn
 import mpoe
 from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
 from mpoe.nn import MPOExperts
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5
+from tiny import V1_0, V1_1, logits_of, tiny_batch, tiny_t5
 
 LOAD = """
 import sys, torch
@@ -48,11 +48,6 @@ def train(model, batch, steps=3):
         model(**batch).loss.backward()
         optimizer.step()
     return model.eval()
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def values_of(model):

@@ -1,88 +1,22 @@
-"""Checkpoints in the reference's layout, written here, against the layer that the layout describes, spelled out."""
+"""Checkpoints in the reference's layout against the layer that the layout describes, spelled out."""
 
 import copy
-import json
 import math
-import os
 import re
 import string
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
 import mpoe
-from mpoe.cli.import_reference import run
-from mpoe.models import load_tokenizer, mixtures
-from mpoe.models.reference import import_reference, read_checkpoint
+from mpoe.models import mixtures
+from mpoe.models.reference import import_reference
 from mpoe.mpo import decompose
-from tiny import V1_0, V1_1, tiny_batch, tiny_t5, tiny_tokenizer
+from reference_checkpoint import base, write
+from tiny import V1_0, V1_1, logits_of, tiny_batch, tiny_t5
 
-# Site dimensions by size; 62 words are padded to 64.
-SITES = {
-    5: {64: (2, 2, 4, 2, 2), 32: (2, 2, 2, 2, 2), 24: (1, 3, 2, 2, 2), 62: (2, 2, 2, 4, 2)},
-    3: {64: (4, 4, 4), 32: (2, 4, 4)},
-}
 KINDS = pytest.mark.parametrize("kind", ["switch", "moe"])
-
-
-def base(**options):
-    """A dense T5 v1.0 whose layer norms are not 1, so that routers see inputs of another scale than 1."""
-    model = tiny_t5(V1_0, **options)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("layer_norm.weight"):
-                p.uniform_(0.2, 0.8)
-    return model
-
-
-def cores_of(matrix, sites=5, cap=None, transposed=False):
-    """Cores [r, I, J, r'] of a matrix; I = out and J = in, or the other way round."""
-    pair = [SITES[sites][size] for size in matrix.shape]
-    cores = decompose(matrix.detach(), pair, cap, gauge="sqrt").sites
-    return [(core.transpose(1, 2) if transposed else core).contiguous() for core in cores]
-
-
-def perturbed(core):
-    return core + 0.3 * core.square().mean().sqrt() * torch.randn_like(core)
-
-
-def write(dense, kind="switch", experts=3, sites=5, cap=None, transposed=False, parts=()):
-    """The state_dict of a dense model turned into a reference mixture whose experts differ."""
-    tensors = {name: p.detach().clone() for name, p in dense.named_parameters() if ".DenseReluDense." not in name}
-    width, centre = dense.config.d_model, sites // 2
-    for name, module in dense.named_modules():
-        if name.endswith(".DenseReluDense"):
-            layer = name.removesuffix(".DenseReluDense")
-            if kind == "switch":
-                tensors[f"{layer}.sffn.switch.weight"] = torch.randn(experts, width)
-                tensors[f"{layer}.sffn.switch.bias"] = 0.3 * torch.randn(experts)
-            else:
-                tensors[f"{layer}.moe_layer.gate.w_gating"] = torch.randn(width, experts)
-            for n, (dense_name, linear) in enumerate((("wi", module.wi), ("wo", module.wo)), start=1):
-                cores = cores_of(linear.weight, sites, cap, transposed)
-                for k, core in enumerate(cores):
-                    own = [core.clone() if k == centre else perturbed(core) for _ in range(experts)]
-                    if kind == "switch":
-                        for e in range(experts):
-                            tensors[f"{layer}.sffn.experts.{e}.{dense_name}_mpo.tensor_set.{k}"] = own[e]
-                    else:
-                        key = f"{layer}.moe_layer.experts.w{n}_mpo.{k}"
-                        tensors[key] = own[0] if k == centre else torch.stack(own)
-                if kind == "moe":
-                    tensors[f"{layer}.moe_layer.experts.b{n}"] = torch.randn(linear.out_features)
-        elif "attention" in parts and re.search(r"Attention\.[qkvo]$", name):
-            del tensors[f"{name}.weight"]
-            for k, core in enumerate(cores_of(module.weight, transposed=transposed)):
-                tensors[f"{name}_mpo.tensor_set.{k}"] = perturbed(core)
-    if "word_embed" in parts:
-        del tensors["shared.weight"]
-        for k, core in enumerate(cores_of(dense.shared.weight, transposed=transposed)):
-            tensors[f"shared_mpo.tensor_set.{k}"] = perturbed(core)
-            if "own_head" in parts:
-                tensors[f"lm_head_mpo.tensor_set.{k}"] = perturbed(core)
-    return tensors
 
 
 def product(cores, transposed=False):
@@ -164,11 +98,6 @@ def oracle(dense, tensors, kind, transposed=False, is_scale_prob=False):
             cores = [tensors[f"{matrix}_mpo.tensor_set.{k}"] for k in range(5)]
             weight.copy_(product(cores, transposed)[: len(weight)])
     return model
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def assert_imported(tmp_path, dense, tensors, kind, transposed=False, **options):
@@ -359,40 +288,6 @@ def test_a_dense_head_of_its_own(tmp_path):
     assert_imported(tmp_path, dense, tensors, "switch")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
-def test_files(tmp_path, name):
-    dense, path = base(), tmp_path / name
-    tensors = write(dense)
-    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
-    found = read_checkpoint(path)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-    assert len(mixtures(import_reference(path, dense.config))) == 4
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
-def test_other_forms_of_the_same_checkpoint(tmp_path, wrapper):
-    """Prefixes of DDP, tied tensors under every name, dense matrices that were left beside their products."""
-    dense, path = base(), tmp_path / "model.bin"
-    tensors = write(dense, parts=("attention",))
-    forms = {key.replace(".sffn.", ".DenseReluDense.sffn."): t for key, t in tensors.items()}
-    forms |= {f"{stack}.embed_tokens.weight": tensors["shared.weight"] for stack in ("encoder", "decoder")}
-    forms["lm_head.weight"] = tensors["shared.weight"].clone()
-    forms["encoder.block.0.layer.1.sffn.experts.0.wi.weight"] = torch.randn(64, 32)
-    forms["encoder.block.0.layer.0.SelfAttention.q.weight"] = torch.randn(32, 32)
-    forms = {f"module.{key}": t for key, t in forms.items()}
-    torch.save({wrapper: forms, "epoch": 3} if wrapper else forms, path)
-    batch = tiny_batch()
-    assert torch.equal(
-        logits_of(import_reference(path, dense.config), batch),
-        logits_of(import_reference(tensors, dense.config), batch),
-    )
-    forms["module.decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
-    torch.save(forms, path)
-    with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight must equal shared\.weight"):
-        read_checkpoint(path)
-
-
 @KINDS
 def test_central_tensors_of_their_own_are_refused(kind):
     dense = base()
@@ -410,51 +305,8 @@ def test_central_tensors_of_their_own_are_refused(kind):
         import_reference(tensors, dense.config)
 
 
-class Plant:
-    """A pickle that makes a folder when its code is executed."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, zipped):
-    path, marker = tmp_path / "model.bin", tmp_path / "executed"
-    torch.save({"a": torch.zeros(1), "b": Plant(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="pickle that needs code to be executed, which is never done"):
-        read_checkpoint(path)
-    assert not marker.exists()
-    torch.load(path, weights_only=False)
-    assert marker.exists()  # or the test would prove nothing
-
-
-@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
-def test_damaged_files_are_one_line(tmp_path, name, kept):
-    path, tensors = tmp_path / name, write(base())
-    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(ValueError, match=r"must be a complete \.safetensors file, or a file of torch\.save") as caught:
-        read_checkpoint(path)
-    assert "\n" not in str(caught.value)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"No such file"):
-        read_checkpoint(path)
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    path, dense = tmp_path / "model.bin", base()
-    for value in ([1, 2], {"a": 1}, {}):
-        torch.save(value, path)
-        with pytest.raises(ValueError, match="must hold a state_dict"):
-            read_checkpoint(path)
-    torch.save({"a": torch.tensor([1.0, math.nan])}, path)
-    with pytest.raises(ValueError, match="finite floating-point numbers; a is not"):
-        read_checkpoint(path)
+def test_a_dense_model_or_two_kinds_of_mixture_are_refused():
+    dense = base()
     with pytest.raises(ValueError, match="one kind of mixture, with names like"):
         import_reference(dense.state_dict(), dense.config)
     with pytest.raises(ValueError, match="one kind of mixture"):
@@ -511,52 +363,3 @@ def test_a_config_of_another_model_is_refused(options, message):
     tensors = write(base())
     with pytest.raises(ValueError, match=message):
         import_reference(tensors, tiny_t5(**{"version": V1_0, **options}).config)
-
-
-@pytest.fixture
-def ground(tmp_path, monkeypatch):
-    """A folder with a checkpoint, and one with its base."""
-    monkeypatch.chdir(tmp_path)
-    dense = base()
-    dense.config.save_pretrained("base")
-    tiny_tokenizer().save_pretrained("base")
-    (tmp_path / "run").mkdir()
-    torch.save(write(dense, parts=("attention",)), "run/pytorch_model.bin")
-    return tmp_path
-
-
-def test_the_command_writes_a_mixtures_folder(ground, capsys):
-    run(["run/pytorch_model.bin", "--config", "base", "--output_dir", "new/out", "--is_scale_prob"])
-    printed = " ".join(capsys.readouterr().out.split())
-    for text in ("mixtures │ 4", "experts in each │ 3", "Square matrices (32×32) were read like the other matrices"):
-        assert text in printed
-    assert "mpoe predict new/out 'a text'" in printed
-    model = mpoe.from_pretrained("new/out")
-    stored = sum(t.numel() for t in read_checkpoint(ground / "run" / "pytorch_model.bin").values())
-    once_more = 2 * sum(e.central.numel() for layer in mixtures(model).values() for e in (layer.up, layer.down))
-    assert f"millions │ {stored / 1e6:,.3f}" in printed
-    assert f"parameters here, millions │ {(stored - once_more) / 1e6:,.3f}" in printed
-    assert model.config.quantization_config.is_scale_prob
-    assert load_tokenizer("new/out").get_vocab() == tiny_tokenizer().get_vocab()
-    assert [path.name for path in (ground / "new").iterdir()] == ["out"]
-
-
-def test_the_command_finds_the_config_beside_the_checkpoint(ground, capsys):
-    (ground / "base" / "config.json").rename(ground / "run" / "config.json")
-    (ground / "out").mkdir()
-    run(["run/pytorch_model.bin", "--output_dir", "out", "--orientation", "out-in"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "were read as out-in" in printed
-    assert "No tokenizer was at hand" in printed
-    config = json.loads((ground / "out" / "config.json").read_text())
-    assert config["quantization_config"]["gauge"] == "sqrt"
-
-
-def test_the_commands_errors_leave_nothing_behind(ground):
-    with pytest.raises(ValueError, match=r"run must be a folder with a config\.json"):
-        run(["run/pytorch_model.bin", "--output_dir", "out"])
-    with pytest.raises(ValueError, match="must be a new or empty folder; base is not"):
-        run(["run/pytorch_model.bin", "--config", "base", "--output_dir", "base"])
-    with pytest.raises(ValueError, match="Is it the config of this checkpoint's base"):
-        run(["run/pytorch_model.bin", "--config", "t5-small", "--output_dir", "out"])
-    assert sorted(path.name for path in ground.iterdir()) == ["base", "run"]

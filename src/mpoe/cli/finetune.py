@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
-from mpoe.models import component_modules, is_upcycled, mixtures, mpoe_config
+from mpoe.models import component_modules, is_upcycled, mpoe_config, routers
 from mpoe.report import metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
@@ -69,13 +69,12 @@ def _finetune(
     _check_mixture_flags(model, config, args.seed)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
-    layers = mixtures(model)
+    found = list(routers(model).values())
     components = ", ".join(component_modules(model))
     kind = f"MPOs without a mixture ({components})" if is_upcycled(model) else "dense"
-    if layers:
-        router = next(iter(layers.values())).router
-        experts = "" if router is None else f"{router.num_experts} experts, {router.top_k} for a token"
-        kind = f"{len(layers)} feed-forward layers with {experts}; changed: {components}"
+    if found:
+        experts = f"{found[0].num_experts} experts, {found[0].top_k} for a token"
+        kind = f"{len(found)} feed-forward layers with {experts}; changed: {components}"
     console.print(f"{model_args.model_name_or_path}: {kind}.")
     for name in data:
         console.print(_rows_of(name, data[name][1], data_args))
@@ -85,15 +84,15 @@ def _finetune(
 
 def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, seed: int) -> None:
     """Refuse flags that say something else than a model that had been upcycled before."""
-    saved, default = mpoe_config(model), MixtureArguments().mpoe_config(8, seed, STACKS_FOR_LABELS)
+    saved = mpoe_config(model)
+    default = MixtureArguments().mpoe_config(ModelArguments.num_experts, seed, STACKS_FOR_LABELS)
     if saved is None or saved is config:
         return
     if config is None:
         raise ValueError("the model must be dense to be trained as a dense one; it has been upcycled before")
     names = [field.name for field in dataclasses.fields(config)]
     asked = [name for name in names if getattr(config, name) != getattr(default, name)]
-    if wrong := [name for name in asked if getattr(config, name) != getattr(saved, name)]:
-        changes = ", ".join(f"{name}: {getattr(saved, name)} there, {getattr(config, name)} now" for name in wrong)
+    if changes := saved.changes_to(config, asked):
         raise ValueError(
             f"the model has been upcycled before and stays what it is ({changes}); leave these flags out, or start "
             "from its dense base"

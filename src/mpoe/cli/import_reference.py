@@ -12,11 +12,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from mpoe.cli.parsing import raise_error
-from mpoe.models import count_parameters, load_tokenizer, mixtures, mpoe_config, read_config
-from mpoe.models.checkpoint import TOKENIZER_FILES
+from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts, mpoe_config, read_config
+from mpoe.models.checkpoint import has_tokenizer
 from mpoe.models.families import T5_SIZES
 from mpoe.models.reference import ORIENTATIONS, import_reference, read_checkpoint
-from mpoe.nn import MPOExperts
 
 
 def run(argv: Sequence[str]) -> None:
@@ -56,17 +55,18 @@ def run(argv: Sequence[str]) -> None:
     tensors = read_checkpoint(args.checkpoint)
     console.print(f"Importing {len(tensors):,} tensors ...")
     model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
-    has_tokenizer = any((Path(base) / name).is_file() for name in TOKENIZER_FILES)
-    _save(model, base if has_tokenizer else None, args.output_dir)
+    tokenizer = base if has_tokenizer(base) else None
+    _save(model, tokenizer, args.output_dir)
 
     console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
-    square = sorted({shape for shape in map(_shape, model.modules()) if shape and shape[0] == shape[1]})
+    shapes = {(e.dims.out_features, e.dims.in_features) for e in mpo_experts(model).values()}
+    square = sorted((rows, columns) for rows, columns in shapes if rows == columns)
     if square:
         how = f"as {args.orientation}" if args.orientation else "like the other matrices"
-        shapes = ", ".join(f"{rows}×{columns}" for rows, columns in square)
-        console.print(f"Square matrices ({shapes}) were read {how}; --orientation says otherwise.")
+        sizes = ", ".join(f"{rows}×{columns}" for rows, columns in square)
+        console.print(f"Square matrices ({sizes}) were read {how}; --orientation says otherwise.")
     out = args.output_dir
-    if has_tokenizer:
+    if tokenizer is not None:
         console.print(f"Go on with mpoe predict {out} 'a text', or in Python with mpoe.from_pretrained('{out}').")
     else:
         console.print(
@@ -107,7 +107,3 @@ def _table(model: PreTrainedModel, stored: int) -> Table:
     table.add_row("of these central tensors, stored once", f"{count.central / 1e6:,.3f}")
     table.add_row("auxiliary tensors of all experts", f"{count.auxiliary / 1e6:,.3f}")
     return table
-
-
-def _shape(module: object) -> tuple[int, int] | None:
-    return (module.dims.out_features, module.dims.in_features) if isinstance(module, MPOExperts) else None

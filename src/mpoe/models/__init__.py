@@ -9,6 +9,7 @@ from mpoe.models.inspect import (
     count_parameters,
     expert_shares,
     is_upcycled,
+    mpo_experts,
     reset_usage,
     router_statistics,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "load_adapter",
     "load_tokenizer",
     "mixtures",
+    "mpo_experts",
     "mpoe_config",
     "read_config",
     "reset_usage",

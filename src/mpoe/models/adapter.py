@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_bytes, write_json
 from mpoe.models.checkpoint import align
+from mpoe.models.inspect import mpo_experts
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import upcycle
-from mpoe.nn import MPOExperts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -82,7 +82,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         ValueError: A model without matrix product operators, another gauge or truncation, a central tensor that
             trains, nothing that trains, an active adapter of which a part is frozen, a folder that cannot be written.
     """
-    config, experts = mpoe_config(model), _mpo_experts(model)
+    config, experts = mpoe_config(model), mpo_experts(model)
     trained = _trained(model)
     if config is None or not experts:
         raise ValueError(
@@ -256,16 +256,12 @@ def _adapters(model: nn.Module) -> AdapterSet:
     return getattr(model, _ATTRIBUTE, None) or AdapterSet()
 
 
-def _mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MPOExperts)}
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that an adapter may hold, by name; tied parameters once.
 
     The scales follow from the base, but the last bits of a mean depend on the machine.
     """
-    scales = {f"{name}.scales": module.scales for name, module in _mpo_experts(model).items()}
+    scales = {f"{name}.scales": module.scales for name, module in mpo_experts(model).items()}
     return {**dict(model.named_parameters()), **scales}
 
 

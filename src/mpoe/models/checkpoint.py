@@ -126,6 +126,15 @@ def read_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer's files; what is no folder does not.
+
+    Args:
+        folder: Any path or name.
+    """
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
@@ -135,7 +144,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: A folder without a tokenizer's files, for which Transformers would make one up.
     """
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and not has_tokenizer(path):
         raise ValueError(
             f"{path} must hold its model's tokenizer ({' or '.join(TOKENIZER_FILES)}); it has none; "
             "write it there with tokenizer.save_pretrained"

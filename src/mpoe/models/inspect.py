@@ -101,6 +101,15 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
     }
 
 
+def mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
+    """The MPOs of a model by name, in its order: of its mixtures, and of layers without experts.
+
+    Args:
+        model: Any model; a dense one has none.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, MPOExperts)}
+
+
 def is_upcycled(model: nn.Module) -> bool:
     """Whether a model has MPOs or experts."""
     return any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules())

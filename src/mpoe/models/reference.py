@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import find_attention, find_feed_forwards
-from mpoe.models.reference_file import SITE_KEY, read_checkpoint
+from mpoe.models.families import find_feed_forwards
+from mpoe.models.reference_file import read_checkpoint
+from mpoe.models.reference_names import ReferenceLayout, ReferenceMatrix, check_names, find_matrices, plain_names
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo import SiteDims
 
@@ -64,14 +64,14 @@ def import_reference(
     if orientation is not None and orientation not in ORIENTATIONS:
         raise ValueError(f"orientation must be one of {ORIENTATIONS} or None; got {orientation!r}")
     tensors = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
-    layout = _Layout.of(tensors)
+    layout = ReferenceLayout.of(tensors)
     if is_scale_prob and layout.moe_type != "switch":
         raise ValueError("is_scale_prob must be False for the top-2 routers of a moe checkpoint: leave it out")
     model = _base_on_meta(config, layout.has_own_head)
     feed_forwards = [found.name for found in find_feed_forwards(model, "t5", MPOEConfig())]
-    matrices = _matrices(model, feed_forwards, layout)
-    names = _plain_names(model, feed_forwards, matrices, layout)
-    _check_keys(tensors, {*names.values(), *(key for matrix in matrices for key in matrix.keys(layout))})
+    matrices = find_matrices(model, feed_forwards, layout)
+    names = plain_names(model, feed_forwards, matrices, layout)
+    check_names(tensors, {*names.values(), *(key for matrix in matrices for key in matrix.keys(layout))})
 
     chains = [_read_chain(tensors, matrix, layout) for matrix in matrices]
     chains = _oriented(chains, orientation)
@@ -88,89 +88,6 @@ def import_reference(
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What the names in a checkpoint say about it.
-
-    Attributes:
-        moe_type: "switch" or "moe".
-        num_experts: E.
-        num_sites: m.
-        components: As `MPOEConfig.mpo_layers`.
-        has_biases: Whether the experts' matrices have biases.
-        has_own_head: Whether the language-model head is not the word embedding's table.
-    """
-
-    moe_type: str
-    num_experts: int
-    num_sites: int
-    components: tuple[str, ...]
-    has_biases: bool
-    has_own_head: bool
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> _Layout:
-        sites = [match for match in map(SITE_KEY.fullmatch, tensors) if match]
-        matrices = {match["matrix"] for match in sites}
-        types = {m[1] for matrix in matrices if (m := re.search(r"\.(sffn|moe_layer)\.experts\.", matrix))}
-        if len(types) != 1:
-            raise ValueError(
-                "a reference checkpoint must hold the site tensors of one kind of mixture, with names like "
-                "encoder.block.0.layer.1.sffn.experts.0.wi_mpo.tensor_set.0 or "
-                f"encoder.block.0.layer.1.moe_layer.experts.w1_mpo.0; got {_first(tensors)}"
-            )
-        if types == {"sffn"}:
-            numbers = [int(m[1]) for matrix in matrices if (m := re.search(r"\.sffn\.experts\.(\d+)\.", matrix))]
-            num_experts = 1 + max(numbers)
-        else:
-            num_experts = max((t.shape[-1] for key, t in tensors.items() if key.endswith(".gate.w_gating")), default=0)
-        num_sites = 1 + max(int(match["site"]) for match in sites)
-        if num_experts < 2 or num_sites % 2 == 0:
-            raise ValueError(
-                "a mixture must have at least 2 experts, and its matrices an odd number of site tensors; got "
-                f"{num_experts} experts and {num_sites} site tensors"
-            )
-        has = {
-            "mlp": True,
-            "attention": any("Attention." in matrix for matrix in matrices),
-            "word_embed": not matrices.isdisjoint(("shared", "lm_head")),
-        }
-        return cls(
-            moe_type="switch" if types == {"sffn"} else "moe",
-            num_experts=num_experts,
-            num_sites=num_sites,
-            components=tuple(name for name, is_there in has.items() if is_there),
-            has_biases=any(re.search(r"\.moe_layer\.experts\.b[12]$", key) for key in tensors),
-            has_own_head=any(key.startswith("lm_head") for key in tensors),
-        )
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One matrix of the base model that the checkpoint holds as site tensors.
-
-    Attributes:
-        weight: Its parameter in the base model.
-        experts: The `MPOExperts` that takes its place in the mixture.
-        component: Of `MPOEConfig.mpo_layers`.
-        shape: (out, in).
-        prefixes: What stands before the number of the site: one for each expert, or one for all.
-        bias: Its bias in the checkpoint.
-    """
-
-    weight: str
-    experts: str
-    component: str
-    shape: tuple[int, int]
-    prefixes: tuple[str, ...]
-    bias: str | None = None
-
-    def keys(self, layout: _Layout) -> list[str]:
-        """All its names in the checkpoint."""
-        sites = [f"{prefix}{k}" for prefix in self.prefixes for k in range(layout.num_sites)]
-        return sites if self.bias is None else [*sites, self.bias]
-
-
-@dataclass(frozen=True)
 class _Chain:
     """The values of a matrix's site tensors.
 
@@ -179,7 +96,7 @@ class _Chain:
         sites: Site k of shape (E, a, o, i, b), the central one without E; E = 1 where nothing is routed.
     """
 
-    matrix: _Matrix
+    matrix: ReferenceMatrix
     sites: tuple[Tensor, ...]
 
     @property
@@ -247,59 +164,7 @@ def _base_on_meta(config: PreTrainedConfig, has_own_head: bool) -> T5ForConditio
     return model
 
 
-def _matrices(model: T5ForConditionalGeneration, feed_forwards: list[str], layout: _Layout) -> list[_Matrix]:
-    found = []
-
-    def add(weight: str, experts: str, component: str, prefixes: list[str], bias: str | None = None) -> None:
-        rows, columns = model.get_parameter(weight).shape
-        found.append(_Matrix(weight, experts, component, (rows, columns), tuple(prefixes), bias))
-
-    for name in feed_forwards:
-        layer = name.removesuffix(".DenseReluDense")
-        for n, (dense, ours) in enumerate((("wi", "up"), ("wo", "down")), start=1):
-            if layout.moe_type == "switch":
-                prefixes = [f"{layer}.sffn.experts.{e}.{dense}_mpo.tensor_set." for e in range(layout.num_experts)]
-                bias = None
-            else:
-                prefixes = [f"{layer}.moe_layer.experts.w{n}_mpo."]
-                bias = f"{layer}.moe_layer.experts.b{n}" if layout.has_biases else None
-            add(f"{name}.{dense}.weight", f"{name}.{ours}", "mlp", prefixes, bias)
-    if "attention" in layout.components:
-        for name in find_attention(model, "t5", MPOEConfig()):
-            add(f"{name}.weight", f"{name}.experts", "attention", [f"{name}_mpo.tensor_set."])
-    if "word_embed" in layout.components:
-        add("shared.weight", "shared.experts", "word_embed", ["shared_mpo.tensor_set."])
-        if layout.has_own_head:
-            add("lm_head.weight", "lm_head.experts", "word_embed", ["lm_head_mpo.tensor_set."])
-    return found
-
-
-def _plain_names(
-    model: nn.Module, feed_forwards: list[str], matrices: list[_Matrix], layout: _Layout
-) -> dict[str, str]:
-    """The checkpoint's names of all that is no matrix product operator, by our name."""
-    replaced = {matrix.weight for matrix in matrices}
-    names = {name: name for name, _ in model.named_parameters() if name not in replaced}  # tied ones once
-    for name in feed_forwards:
-        layer = name.removesuffix(".DenseReluDense")
-        if layout.moe_type == "switch":
-            names |= {f"{name}.router.{part}": f"{layer}.sffn.switch.{part}" for part in ("weight", "bias")}
-        else:
-            names[f"{name}.router.weight"] = f"{layer}.moe_layer.gate.w_gating"
-    return names
-
-
-def _check_keys(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-    if missing or unknown:
-        parts = [f"{len(k)} {what}: {_first(k)}" for k, what in ((missing, "missing"), (unknown, "unknown")) if k]
-        raise ValueError(
-            f"the checkpoint must hold the tensors of the config's model and no others; {'; '.join(parts)}. Is it the "
-            "config of this checkpoint's base?"
-        )
-
-
-def _read_chain(tensors: Mapping[str, Tensor], matrix: _Matrix, layout: _Layout) -> _Chain:
+def _read_chain(tensors: Mapping[str, Tensor], matrix: ReferenceMatrix, layout: ReferenceLayout) -> _Chain:
     """A matrix's site tensors as they are, experts stacked and the central tensor once."""
     num_experts = layout.num_experts if matrix.component == "mlp" else 1
     central = layout.num_sites // 2
@@ -352,7 +217,9 @@ def _oriented(chains: list[_Chain], orientation: str | None) -> list[_Chain]:
     return [chain if keep else chain.transposed() for chain, keep in zip(chains, as_they_are, strict=True)]
 
 
-def _read_biases(tensors: Mapping[str, Tensor], matrices: list[_Matrix], layout: _Layout) -> dict[str, Tensor]:
+def _read_biases(
+    tensors: Mapping[str, Tensor], matrices: list[ReferenceMatrix], layout: ReferenceLayout
+) -> dict[str, Tensor]:
     """The experts' biases by our name, (1, out) or (E, out) all of them; none if all are 0."""
     biases = {}
     for matrix in matrices:
@@ -371,7 +238,7 @@ def _read_biases(tensors: Mapping[str, Tensor], matrices: list[_Matrix], layout:
 
 
 def _mixture_config(
-    layout: _Layout, chains: list[_Chain], biases: Mapping[str, Tensor], is_scale_prob: bool
+    layout: ReferenceLayout, chains: list[_Chain], biases: Mapping[str, Tensor], is_scale_prob: bool
 ) -> MPOEConfig:
     named: dict[str, Any] = {}
     for chain in chains:
@@ -444,8 +311,3 @@ def _load(config: PreTrainedConfig, mixture: MPOEConfig, state: dict[str, Tensor
     )
     assert not any(info.values()), info
     return model.eval()
-
-
-def _first(keys: Iterable[str], limit: int = 10) -> str:
-    keys = list(keys)
-    return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from mpoe.config import MPOEConfig
 from mpoe.models.components import check_embedding, replace_embedding, replace_linear, with_tied_head
 from mpoe.models.families import FoundEmbedding, FoundFeedForward, find_attention, find_embedding, find_feed_forwards
+from mpoe.models.inspect import is_upcycled
 from mpoe.models.matrices import empty_mpo
 from mpoe.models.router_loss import add_router_loss_hook
 from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
@@ -83,7 +84,7 @@ class _Found:
 
 
 def _find(model: PreTrainedModel, config: MPOEConfig) -> _Found:
-    if any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules()):
+    if is_upcycled(model):
         raise ValueError("the model must be dense to be upcycled; it has been upcycled before")
     if not config.is_mixture and not config.mpo_layers:
         raise ValueError(

@@ -161,13 +161,8 @@ def load_experiment(model: PreTrainedModel, path: str, components: Sequence[str]
     """
     source = from_pretrained(path)
     here, there = mpoe_config(model), mpoe_config(source)
-    if here is not None and there is not None:
-        different = [name for name in _FUNCTION if getattr(here, name) != getattr(there, name)]
-        if different:
-            changes = ", ".join(
-                f"{name}: {getattr(there, name)} there, {getattr(here, name)} now" for name in different
-            )
-            raise ValueError(f"the mixture in {path} must be one of these flags ({changes}); repeat those it has")
+    if here is not None and there is not None and (changes := there.changes_to(here, _FUNCTION)):
+        raise ValueError(f"the mixture in {path} must be one of these flags ({changes}); repeat those it has")
     if components is None:
         pairs: list[tuple[torch.nn.Module, torch.nn.Module]] = [(model, source)]
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from mpoe.nn import MPOExperts
+from mpoe.models import mpo_experts
 
 LEVELS = ("tensor", "element")
 
@@ -58,8 +58,7 @@ class GradientMask:
             raise ValueError(f"gradient_mask_prob must be in [0, 1]; got {prob}")
         if level not in LEVELS:
             raise ValueError(f"gradient_mask_level must be one of {LEVELS}; got {level!r}")
-        experts = [module for module in model.modules() if isinstance(module, MPOExperts)]
-        self.central = [module.central for module in experts if module.central.requires_grad]
+        self.central = [e.central for e in mpo_experts(model).values() if e.central.requires_grad]
         if prob and not self.central:
             raise ValueError(
                 "a gradient mask needs a central tensor that trains; the model has none. Leave gradient_mask_prob out, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from mpoe.config import COMPONENTS
-from mpoe.models import component_modules
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts
+from mpoe.models import component_modules, mpo_experts, routers
+from mpoe.nn import DenseExperts, MPOExperts
 
 PARTS = ("central tensors", "auxiliary tensors", "whole experts", "routers", "embeddings and head", "layer norms")
 OTHER = "attention and the rest"
@@ -59,7 +58,7 @@ class Freezing:
         Raises:
             ValueError: Nothing is left to train, or a flag is about MPOs and the model has none.
         """
-        mpos = list(_mpos(model))
+        mpos = mpo_experts(model).values()
         for flag in ("tensor_learn", "train_AT_index"):
             if not mpos and getattr(self, flag) not in (False, None):
                 raise ValueError(f"{flag} is about MPOs; the model has none. Leave it out, or see mpo_layers")
@@ -139,13 +138,13 @@ def trained_parts(model: nn.Module, learning_rate: float, mpo_lr: float | None) 
         part_of[id(parameter)] = "layer norms" if _is_layer_norm(name) else OTHER
     for module in model.modules():
         kind = {DenseExperts: "whole experts", nn.Embedding: "embeddings and head"}.get(type(module))
-        if isinstance(module, MoEFeedForward) and module.router is not None:
-            part_of |= {id(p): "routers" for p in module.router.parameters()}
         if kind is not None:
             part_of |= {id(p): kind for p in module.parameters()}
     head = getattr(model, "lm_head", None)
     part_of |= {id(p): "embeddings and head" for p in (head.parameters() if isinstance(head, nn.Linear) else ())}
-    for experts in _mpos(model):
+    for router in routers(model).values():
+        part_of |= {id(p): "routers" for p in router.parameters()}
+    for experts in mpo_experts(model).values():
         part_of |= {id(p): "auxiliary tensors" for p in experts.offsets} | {id(experts.central): "central tensors"}
     rates: dict[str, float] = {} if mpo_lr is None else dict.fromkeys(("central tensors", "auxiliary tensors"), mpo_lr)
     parts = []
@@ -173,7 +172,7 @@ def optimizer_with_mpo_rate(
     """
     if not mpo_lr > 0:
         raise ValueError(f"mpo_lr must be > 0; got {mpo_lr}. --tensor_learn and --update_mpo_layer freeze MPOs")
-    mpo = {id(p) for experts in _mpos(model) for p in (experts.central, *experts.offsets)}
+    mpo = {id(p) for experts in mpo_experts(model).values() for p in (experts.central, *experts.offsets)}
     if not mpo:
         raise ValueError("mpo_lr is the rate of MPOs; the model has none. Leave it out")
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -191,10 +190,6 @@ def optimizer_with_mpo_rate(
         for (is_mpo, is_decayed), parameters in groups.items()
     ]
     return optimizer, options
-
-
-def _mpos(model: nn.Module) -> Iterator[MPOExperts]:
-    return (module for module in model.modules() if isinstance(module, MPOExperts))
 
 
 def _is_layer_norm(name: str) -> bool:
