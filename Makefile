@@ -1,9 +1,10 @@
-# make demo | test | check | clean | help. The first of them to run makes .venv; after that none needs the network,
-# but for what `mpoe demo` itself downloads once.
+# make demo | test | check | bench | clean | help. The first of them to run makes .venv; after that none needs the
+# network, but for what `mpoe demo` itself downloads once.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+BENCHMARKS ?= layer memory training decode scaling convert plan
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,12 +19,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench clean
 
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
 	@echo "make check   ruff, pyright, import-linter, dependency pins"
+	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
 	@echo "The first run makes .venv (some minutes). PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip."
 
@@ -47,10 +49,18 @@ check: $(READY)
 	@echo "check: pip check"
 	@$(BIN)/python -m pip check
 
+# All of them run, whatever becomes of the others.
+bench: $(READY)
+	@failed=; for name in $(BENCHMARKS); do \
+	  echo "bench: benchmarks/$$name.py --short $(ARGS)"; \
+	  $(BIN)/python benchmarks/$$name.py --short $(ARGS) || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo "bench: these failed:$$failed; what they wrote is above" >&2; exit 1; }
+
 clean:
 	@echo "clean: deleting .venv, caches and build output"
 	@rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
-	@find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last and removed first, so that a set-up cut short starts again from an empty .venv.
 $(READY): pyproject.toml constraints.txt

@@ -15,7 +15,7 @@ from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import is_upcycled, mixtures
 from mpoe.nn import MPOExperts
-from tiny import FLAGS, assert_refused, tiny_batch, tiny_t5
+from tiny import FLAGS, assert_refused, tiny_batch, tiny_t5, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Two experts and a dozen tokens: one of them goes hungry.
@@ -278,7 +278,45 @@ def test_flags_against_what_a_mixture_is_are_refused(ground, capsys):
     assert main([*again, "--learning_rate", "0.01"]) == 0
     capsys.readouterr()
     other = ["finetune", *QUICK, "--load_experiment", "first", "--moe_type", "moe", "--output_dir", "other"]
-    assert_refused(other, "must be one of these flags (moe_type: switch there, moe now)", ground, capsys)
+    assert_refused(other, "must be one of these flags (top_k: 1 there, 2 now)", ground, capsys)
+
+
+def test_flags_that_say_a_default_are_refused_where_the_mixture_is_another(ground, capsys):
+    saved = mpoe.MPOEConfig(
+        num_experts=4, moe_type="moe", max_bond_dim=9, word_embed_bond_dim=9, attention_bond_dim=9, stacks=("decoder",),
+        offset_scale=0.5, expert_dropout=0.1, second_policy_eval="none", seed=3,
+    )  # fmt: skip
+    mpoe.upcycle(tiny_t5(), saved).save_pretrained("first")
+    tiny_tokenizer().save_pretrained("first")
+    where = QUICK.index("--num_experts")
+    again = [*QUICK[:where], *QUICK[where + 2 :], "--model_name_or_path", "first"]
+    for flags, message in {
+        "--num_experts 8": "num_experts: 4 there, 8 now",
+        "--moe_type switch --top_k 1 --num_experts=4": "moe_type: moe there, switch now, top_k: 2 there, 1 now",
+        "--linear_trunc 30000 --emb-trunc 30000 --attention_trunc=30000": "max_bond_dim: 9 there, None now, "
+        "word_embed_bond_dim: 9 there, None now, attention_bond_dim: 9 there, None now",
+        "--stacks encoder --offset_scale 0.3": "stacks: ('decoder',) there, ('encoder',) now, "
+        "offset_scale: 0.5 there, 0.3 now",
+        "--switch_dropout 0.2": "expert_dropout: 0.1 there, 0.2 now",
+        "--second_policy_eval all": "second_policy_eval: none there, all now",
+        "--task sentiment --num_experts 8": "num_experts: 4 there, 8 now",
+    }.items():
+        wrong = ["finetune", *again, *flags.split()]
+        assert_refused(wrong, f"stays what it is ({message}); leave these flags out", ground, capsys)
+    Path("eight.yaml").write_text("num_experts: 8\n")
+    assert_refused(["finetune", "eight.yaml", *again], "num_experts: 4 there, 8 now", ground, capsys)
+
+    Path("four.yaml").write_text("num_experts: 4\nmoe_type: moe\nstacks: null\nlinear_trunc: 9\nseed: 42\n")
+    equal = ["--top_k", "2", "--stacks", "decoder", "--layout", "separable", "--second_policy_eval", "none"]
+    assert main(["finetune", "four.yaml", *again]) == 0
+    assert main(["finetune", "four.yaml", *again, *equal, "--output_dir", "more"]) == 0
+    assert same(weights("run"), weights("more"))
+
+
+def test_a_flag_that_says_the_default_makes_no_other_command(ground, capsys):
+    finetune.run(QUICK)
+    assert main(["finetune", *QUICK, "--moe_type", "switch", "--learning_rate", "1e-3", "--seed", "42"]) == 0
+    assert "Found a finished run of this command" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_no_model(ground, capsys):

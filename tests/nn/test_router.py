@@ -169,7 +169,9 @@ def test_jitter_multiplies_the_inputs_in_training_only():
 def test_statistics_are_those_of_all_forwards_together():
     router = make_router(top_k=2, capacity_factor=0.6, second_policy_train="threshold")
     routes = [router(torch.randn(tokens, 12)) for tokens in (30, 11)]
-    usage = RouterUsage.of(routes[0]) + RouterUsage.of(routes[1])
+    usage = RouterUsage.nothing(4, torch.device("cpu"))
+    for route in routes:
+        usage.add(route)
     found = usage.statistics()
     probabilities = torch.cat([route.probabilities for route in routes])
     counts = sum(route.tokens_per_expert for route in routes)
@@ -221,8 +223,8 @@ def test_its_gradient_pushes_probability_off_the_crowded_expert():
 
 
 def decide(index, weight, kept=None, num_experts=4):
-    nothing = torch.zeros(())
-    return RouterOutput(index, weight, kept, torch.zeros(len(index), num_experts), nothing.long(), nothing, nothing)
+    logits = torch.zeros(len(index), num_experts)
+    return RouterOutput(index, weight, kept, logits, logits, torch.zeros((), dtype=torch.long))
 
 
 def test_dispatch_sorts_and_combine_puts_back():

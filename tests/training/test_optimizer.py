@@ -74,8 +74,6 @@ def test_flags_about_mpos_need_mpos():
     for flag, value in (("tensor_learn", True), ("train_AT_index", (0,))):
         with pytest.raises(ValueError, match=f"{flag} is about MPOs; the model has none"):
             Freezing(**{flag: value}).apply(tiny_t5())
-    with pytest.raises(ValueError, match="update_mpo_layer must be noupdate or a list of"):
-        Freezing(update_mpo_layer=("ffn",))
 
 
 def test_the_table_counts_every_parameter_once():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import parse, without_defaults
 from mpoe.config import MPOEConfig
 from mpoe.models import component_modules, is_upcycled, mpoe_config, routers
 from mpoe.report import metrics_table, parameter_table, router_table, trained_table
@@ -21,13 +21,20 @@ from mpoe.training.arguments import (
     ModelArguments,
     TrainableArguments,
 )
-from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune, load_model
+from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune, load_model, mixture_changes
 from mpoe.training.optimizer import trained_parts
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
 
 # They change what is shown or where, not what is computed: not part of "the same command".
 _NOT_OF_THE_RUN = {"output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint"}
+# Flags with the reference's names, and the fields of `MPOEConfig` that they set.
+_FIELDS = {
+    "linear_trunc": "max_bond_dim",
+    "emb_trunc": "word_embed_bond_dim",
+    "attention_trunc": "attention_bond_dim",
+    "switch_dropout": "expert_dropout",
+}
 
 
 def run(argv: Sequence[str]) -> FinetuneResult:
@@ -42,14 +49,16 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     types = (ModelArguments, MixtureArguments, TrainableArguments, DataArguments, FinetuneTrainingArguments)
     description = "Fine-tune a model on text-to-text tasks, as a mixture of experts."
     (model_args, mixture_args, trainable, data_args, args), given = parse("mpoe finetune", description, types, argv)
-    identity = {k: v for k, v in given.items() if k not in _NOT_OF_THE_RUN}
+    identity = {k: v for k, v in without_defaults(types, given).items() if k not in _NOT_OF_THE_RUN}
     console = Console()
     folder = RunFolder.open(args.output_dir, identity)
     if folder.results is not None:
         console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
         result = FinetuneResult.from_dict(folder.results)
     else:
-        result = _finetune(model_args, mixture_args, trainable, data_args, args, folder, console)
+        # a config file's null leaves a flag out
+        asked = {name for name, value in given.items() if value is not None}
+        result = _finetune(model_args, mixture_args, trainable, data_args, args, folder, console, asked)
     _print_result(console, result, args.output_dir)
     return result
 
@@ -57,6 +66,7 @@ def run(argv: Sequence[str]) -> FinetuneResult:
 def _finetune(
     model_args: ModelArguments, mixture_args: MixtureArguments, trainable: TrainableArguments,
     data_args: DataArguments, args: FinetuneTrainingArguments, folder: RunFolder, console: Console,
+    asked: Collection[str],
 ) -> FinetuneResult:  # fmt: skip
     config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
     trainable.freezing()  # a wrong flag should not wait for data and weights
@@ -66,7 +76,7 @@ def _finetune(
     set_seed(args.seed)
     console.print(f"Loading {model_args.model_name_or_path} ...")
     model, tokenizer = load_model(model_args, config, trainable)
-    _check_mixture_flags(model, config, args.seed)
+    _check_mixture_flags(model, config, asked)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
     found = list(routers(model).values())
@@ -82,17 +92,16 @@ def _finetune(
     return finetune(model, tokenizer, data, args, folder, data_args, trainable)
 
 
-def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, seed: int) -> None:
-    """Refuse flags that say something else than a model that had been upcycled before."""
+def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, asked: Collection[str]) -> None:
+    """Refuse flags that say something else than a model that had been upcycled before; `asked` are those given."""
     saved = mpoe_config(model)
-    default = MixtureArguments().mpoe_config(ModelArguments.num_experts, seed, STACKS_FOR_LABELS)
     if saved is None or saved is config:
         return
     if config is None:
         raise ValueError("the model must be dense to be trained as a dense one; it has been upcycled before")
-    names = [field.name for field in dataclasses.fields(config)]
-    asked = [name for name in names if getattr(config, name) != getattr(default, name)]
-    if changes := saved.changes_to(config, asked):
+    fields = {_FIELDS.get(flag, flag) for flag in asked} - {"seed"}  # further training may have a seed of its own
+    names = [field.name for field in dataclasses.fields(config) if field.name in fields]
+    if changes := mixture_changes(saved, config, names):
         raise ValueError(
             f"the model has been upcycled before and stays what it is ({changes}); leave these flags out, or start "
             "from its dense base"

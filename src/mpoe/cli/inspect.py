@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
 from mpoe.models import clear_load_errors, count_parameters, read_config
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules
+from mpoe.mpo.machine import machine_of
 from mpoe.nn import MPOExperts
 from mpoe.report import parameter_table
+from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
+from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table
+from mpoe.report.scaling import Hardware, Step
+from mpoe.report.scaling_table import SCALE_DEVICES, SCALE_LEGEND, step_table, variant_table
+from mpoe.report.variants import ffn_experts, variants
 from mpoe.training.arguments import MixtureArguments
+
+MAY_BE_BARE = {"--plan": PLAN_TOKENS, "--scale": SCALE_DEVICES}
+"""Flags that need no numbers after them, and the numbers that they stand for then."""
 
 
 @dataclass
 class InspectArguments:
-    """Which model."""
+    """Which model, and what about it."""
 
-    config: str = field(metadata={"help": f"{', '.join(T5_SIZES)}, a folder with a config.json, or a name on the hub."})
-    num_experts: list[int] = field(default_factory=lambda: [8], metadata={"help": "One column for each."})
+    config: str = field(
+        metadata={"help": f"{', '.join((*T5_SIZES, *PUBLISHED))}, a folder with a config.json, or a name on the hub."}
+    )
+    num_experts: list[int] = field(default_factory=lambda: [8], metadata={"help": "One column, or table, for each."})
+    plan: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Print how the planner would compute each matrix of a layer for so many tokens, "
+            f"{', '.join(map(str, PLAN_TOKENS))} if no number follows."
+        },
+    )
+    plan_on: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "The kind of device that is planned for."})
+    scale: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Print memory, bytes and time of a training step on so many devices, "
+            f"{', '.join(map(str, SCALE_DEVICES))} if no number follows."
+        },
+    )
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print the parameter table and the site dimensions.
+    """Print the parameter table and the site dimensions, or the tables that a flag asks for.
 
     Args:
         argv: What follows `mpoe inspect`.
@@ -37,20 +66,59 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Wrong input.
     """
-    description = "Count the parameters of a mixture, without building it."
-    (args, mixture_args), _ = parse("mpoe inspect", description, (InspectArguments, MixtureArguments), argv)
-    config = read_config(args.config)
+    description = "Count the parameters of a mixture and what it costs, without building it."
+    kinds = (InspectArguments, MixtureArguments, Step, Hardware)
+    (args, mixture_args, step, hardware), _ = parse("mpoe inspect", description, kinds, _with_numbers(argv))
+    config = _config(args.config)
     saved = getattr(config, "quantization_config", None)
-    columns: dict[str, MPOEConfig | None] = {"dense": None}
     if saved is not None:
-        columns["saved mixture"] = MPOEConfig.from_dict(saved)
+        columns = {"saved mixture": MPOEConfig.from_dict(saved)}
     else:
-        columns |= {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
-    models = {name: _on_meta(config, mixture) for name, mixture in columns.items()}
+        columns = {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
     console = Console()
-    console.print(
-        parameter_table({name: count_parameters(m) for name, m in models.items()}, f"{args.config}, millions")
-    )
+    if args.plan is None and args.scale is None:
+        _print_parameters(console, args.config, config, columns)
+        return
+    shape = model_shape(config, args.config)
+    tables: list[Table | str] = []
+    for column, mixture in _mixtures(columns).items():
+        if args.plan is not None:
+            tables += [*_plan_tables(shape, mixture, args.plan, args.plan_on), PLAN_LEGEND, ""]
+        if args.scale is not None:
+            title = f"{args.config}, {column}, {step.tokens_per_device:,} tokens a device"
+            tables += [*_scale_tables(shape, mixture, args.scale, step, hardware, title), SCALE_LEGEND]
+    for table in tables:
+        console.print(table)
+
+
+def _mixtures(columns: Mapping[str, MPOEConfig | None]) -> dict[str, MPOEConfig]:
+    found = {column: mixture for column, mixture in columns.items() if mixture is not None}
+    if len(found) < len(columns):
+        raise ValueError("--plan and --scale need a mixture; with these flags the model stays dense")
+    return found
+
+
+def _plan_tables(shape: ModelShape, mixture: MPOEConfig, tokens: Sequence[int], device_type: str) -> list[Table]:
+    matrices = {experts.dims: experts for experts in ffn_experts(shape, mixture)}
+    return [
+        plan_table(experts, tokens, machine_of(device_type), needs_grad)
+        for experts in matrices.values()
+        for needs_grad in (False, True)
+    ]
+
+
+def _scale_tables(
+    shape: ModelShape, mixture: MPOEConfig, devices: Sequence[int], step: Step, hardware: Hardware, title: str
+) -> list[Table]:
+    found = variants(shape, mixture)
+    return [variant_table(found, step, title), *(step_table(found, n, step, hardware) for n in devices)]
+
+
+def _print_parameters(
+    console: Console, name: str, config: PreTrainedConfig, columns: Mapping[str, MPOEConfig | None]
+) -> None:
+    models = {column: _on_meta(config, mixture) for column, mixture in {"dense": None, **columns}.items()}
+    console.print(parameter_table({column: count_parameters(m) for column, m in models.items()}, f"{name}, millions"))
     shapes = {
         experts.dims: experts.dims.bond_dims(experts.max_bond_dim)
         for experts in list(models.values())[-1].modules()
@@ -61,6 +129,22 @@ def run(argv: Sequence[str]) -> None:
         console.print(
             f"{dims.out_features}×{dims.in_features}: sites {dims.out_dims} × {dims.in_dims}, bonds {bonds}{note}"
         )
+
+
+def _with_numbers(argv: Sequence[str]) -> list[str]:
+    """`MAY_BE_BARE` flags without numbers get theirs, because a list must not be empty for Transformers' parser."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words.append(word)
+        if word in MAY_BE_BARE and following.startswith("--"):
+            words.extend(map(str, MAY_BE_BARE[word]))
+    return words
+
+
+def _config(name: str) -> PreTrainedConfig:
+    if name in PUBLISHED and not Path(name).exists():
+        return AutoConfig.for_model(**PUBLISHED[name])
+    return read_config(name)
 
 
 def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrainedModel:

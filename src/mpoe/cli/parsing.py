@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,7 +47,8 @@ def parse(
         argv: What follows the command; the first may be a config file.
 
     Returns:
-        The dataclasses' instances, and what the user gave that is not the default, by flag.
+        The dataclasses' instances, and what the user gave by flag: the config file's keys and the command line's flags,
+        the values that are the defaults too.
 
     Raises:
         ValueError: An unknown flag or config key, a missing or wrong value, an unreadable config file.
@@ -64,9 +66,21 @@ def parse(
         hint = f"; a config file comes first, before the flags: {late[0]}" if late else ""
         raise ValueError(f"unknown arguments {unknown}; {prog} --help lists the flags{hint}")
     values = vars(namespace)
-    built = HfArgumentParser(dataclasses)  # pyright: ignore[reportArgumentType]
-    given = {name: value for name, value in values.items() if value != built.get_default(name)}
-    return built.parse_dict(values), given
+    for action in parser._actions:  # without these a second pass sees flags and the config file's keys alone
+        action.default = SUPPRESS
+    given = vars(parser.parse_known_args(argv)[0])
+    return parser.parse_dict(values), {name: value for name, value in values.items() if name in given}
+
+
+def without_defaults(dataclasses: Sequence[type], given: dict[str, Any]) -> dict[str, Any]:
+    """Of what the user gave, what makes a difference.
+
+    Args:
+        dataclasses: As in `parse`.
+        given: As `parse` returns it.
+    """
+    parser = HfArgumentParser(dataclasses)  # pyright: ignore[reportArgumentType]
+    return {name: value for name, value in given.items() if value != parser.get_default(name)}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

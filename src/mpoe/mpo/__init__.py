@@ -1,7 +1,21 @@
 """Matrix product operators: torch only, no networks."""
 
 from mpoe.mpo.decompose import decompose, truncation_bound, truncation_error
+from mpoe.mpo.machine import Machine, machine_of
 from mpoe.mpo.operator import MPO
+from mpoe.mpo.plan import WAYS, Plan, plan
 from mpoe.mpo.sites import SiteDims, site_dims
 
-__all__ = ["MPO", "SiteDims", "decompose", "site_dims", "truncation_bound", "truncation_error"]
+__all__ = [
+    "MPO",
+    "WAYS",
+    "Machine",
+    "Plan",
+    "SiteDims",
+    "decompose",
+    "machine_of",
+    "plan",
+    "site_dims",
+    "truncation_bound",
+    "truncation_error",
+]

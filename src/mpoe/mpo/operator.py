@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mpoe.mpo.contraction import Labels, Order, apply_order, check_order, labels, result_labels, right_to_left
+from mpoe.mpo.machine import machine_of
 from mpoe.mpo.sites import SiteDims
 
 
@@ -79,19 +81,41 @@ class MPO:
         matrix = matrix.reshape(self.dims.padded_out, self.dims.padded_in)
         return matrix[: self.dims.out_features, : self.dims.in_features]
 
-    def apply(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
-        """W x for every row of x, site by site from the last to the first, without multiplying W out."""
+    def apply(
+        self, x: Float[Tensor, "... in_features"], order: Order | None = None
+    ) -> Float[Tensor, "... out_features"]:
+        """W x for every row of x, contracted with the site tensors two operands at a time.
+
+        Args:
+            x: Rows.
+            order: Steps, see `mpoe.mpo.contraction`; `right_to_left(num_sites)` is the plain one. None is the fastest
+                for about so many rows that makes nothing of the size of W, by the constants of the device; the plain
+                one under `torch.compile`.
+
+        Raises:
+            ValueError: Rows of another length, or steps that do not contract every operand once.
+        """
         if x.shape[-1] != self.dims.in_features:
             raise ValueError(f"last dimension of x must be in_features = {self.dims.in_features}; got {tuple(x.shape)}")
-        rows = math.prod(x.shape[:-1])
+        m, rows = self.dims.num_sites, math.prod(x.shape[:-1])
+        if order is None:
+            # under torch.compile rows may be a symbol, for which no order is the fastest
+            order = (
+                right_to_left(m)
+                if torch.compiler.is_compiling()
+                else apply_order(self.dims, self.bond_dims, rows, machine_of(x.device.type))
+            )
+        check_order(order, m)
         padding = self.dims.padded_in - self.dims.in_features
-        state = torch.nn.functional.pad(x, (0, padding)).reshape(rows, -1, 1, 1)  # (N, p, b, q)
-        for site in reversed(self.sites):
-            a, o, i, b = site.shape
-            n, p, _, q = state.shape
-            state = torch.einsum("npibq,aoib->npaoq", state.reshape(n, p // i, i, b, q), site)
-            state = state.reshape(n, p // i, a, o * q)
-        return state.reshape(*x.shape[:-1], -1)[..., : self.dims.out_features]
+        x_Ni = torch.nn.functional.pad(x, (0, padding)).reshape(rows, *self.dims.in_dims)
+        # without the bonds of size 1 at both ends
+        sites = [site.reshape(site.shape[k == 0 : 4 - (k == m - 1)]) for k, site in enumerate(self.sites)]
+        operands = dict(enumerate(zip([*sites, x_Ni], labels(m), strict=True)))
+        for n, (s, t) in enumerate(order):
+            operands[m + 1 + n] = _contract_pair(*operands.pop(s), *operands.pop(t))  # what is used up is let go
+        ((y, names),) = operands.values()
+        y = y.permute([names.index(label) for label in range(m + 1)])
+        return y.reshape(*x.shape[:-1], self.dims.padded_out)[..., : self.dims.out_features]
 
     def spectrum(self, bond: int) -> Float[Tensor, " b"]:
         """The singular values of the operator across one bond, largest first.
@@ -135,3 +159,12 @@ def _contract_arm(sites: Sequence[Tensor], open_bond: Tensor) -> Tensor:
     for site in sites:
         chain = chain.reshape(-1, site.shape[0]) @ site.reshape(site.shape[0], -1)
     return chain
+
+
+def _contract_pair(s: Tensor, s_labels: Labels, t: Tensor, t_labels: Labels) -> tuple[Tensor, Labels]:
+    """Two operands summed over the indices that both have, and the labels of the result."""
+    larger = s_labels if s.numel() > t.numel() else t_labels  # in whose order nothing large has to be copied
+    shared = [label for label in larger if label in s_labels and label in t_labels]
+    axes = [s_labels.index(label) for label in shared], [t_labels.index(label) for label in shared]
+    result = torch.tensordot(s, t, dims=axes)  # pyright: ignore[reportArgumentType]  (typed by its default, an int)
+    return result, result_labels(s_labels, t_labels)

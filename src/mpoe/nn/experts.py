@@ -9,13 +9,20 @@ and input dimensions; p, q the dimensions at the output end and the input end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mpoe.mpo import MPO, SiteDims, decompose
+from mpoe.mpo import MPO, SiteDims, decompose, machine_of, plan
+from mpoe.nn.accumulation import Accumulation
+from mpoe.nn.autocast import compute_dtype, without_autocast
+from mpoe.nn.grouped import Counts, blockwise, linear, linear_per_expert, rows_of_experts
+from mpoe.nn.matrix_cache import MatrixCache
+from mpoe.nn.rebuild import multiply_out, rebuilt_linear
+from mpoe.nn.separable import End, separable_product
 
 
 class MPOExperts(nn.Module):
@@ -39,6 +46,9 @@ class MPOExperts(nn.Module):
         offsets: One tensor per auxiliary site, (E, d_{k-1}, o_k, i_k, d_k).
         scales: One number per auxiliary site.
         bias: (1 or E, out_features), or None.
+        way: How to compute it, see `forward`.
+        cache: Where evaluation keeps matrices; None is nowhere.
+        accumulation: Of micro-batches, see `Accumulation`; None is none.
 
     Source: MPOE (Gao et al., COLING 2022), §3.1.
     """
@@ -62,6 +72,9 @@ class MPOExperts(nn.Module):
         self.central = nn.Parameter(torch.empty(shapes[dims.central]))
         self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
         self.bias = _empty_bias(bias, num_experts, dims.out_features)
+        self.way: str | None = None
+        self.cache: MatrixCache | None = None
+        self.accumulation: Accumulation | None = None
         self.scales: Tensor
         self.register_buffer("scales", torch.empty(len(dims.auxiliary)))
         # In the identity gauge a square start is the unit matrix, which is not stored.
@@ -71,6 +84,11 @@ class MPOExperts(nn.Module):
         for k, is_unit in zip(dims.auxiliary, self._unit_starts, strict=True):
             if not is_unit:
                 self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the separable layout's product computes it."""
+        return self.dims.is_separable and self.dims.num_sites == 3
 
     @torch.no_grad()
     def load_matrix(
@@ -115,48 +133,119 @@ class MPOExperts(nn.Module):
         """W_e, multiplied out."""
         return self.expert(index).to_matrix()
 
-    def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
+    def expert_matrices(self) -> Float[Tensor, "E out_features in_features"]:
+        """All W_e, multiplied out."""
+        return torch.stack([self.expert_matrix(e) for e in range(self.num_experts)])
+
+    def forward(
+        self, x: Float[Tensor, "T in_features"], counts: Counts, way: str | None = None
+    ) -> Float[Tensor, "T out_features"]:
         """y_t = W_{e(t)} x_t + b_{e(t)}.
 
         Args:
             x: Tokens, sorted by expert.
             counts: Tokens of every expert; they sum to T.
+            way: How to compute it, of `mpoe.mpo.WAYS`; None is the layer's own `way`, or what the planner finds
+                cheapest. With gradients "cached" is left to the planner too. Where the host does not know the counts,
+                there is one way for each layout.
         """
-        x = x.to(self.central.dtype)
-        if self.dims.is_separable and self.dims.num_sites == 3:
-            return _add_bias(self._apply_separable(x, counts), self.bias, counts)
-        return _add_bias(linear_per_expert(x, counts, self.expert_matrix), self.bias, counts)
+        dtype = compute_dtype(self.central)
+        with without_autocast(x.device):
+            return _add_bias(self._products(x.to(dtype), counts, way or self.way), self.bias, counts)
 
-    def _apply_separable(self, x: Tensor, counts: list[int]) -> Tensor:
-        """The separable layout: a block product per expert around one dense product for all tokens. Rebuilds nothing.
+    def _products(self, x: Tensor, counts: Counts, way: str | None) -> Tensor:
+        if isinstance(counts, Tensor):
+            if self.is_separable:
+                return self._apply_separable(x, counts)
+            return linear_per_expert(x, counts, self.expert_matrices().to(x.dtype))
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        way = self._choose(x, counts, None if way == "cached" and needs_grad else way, needs_grad)
+        if way == "rebuild":
+            return self._rebuild(x, counts, needs_grad)
+        if way == "cached":
+            matrices = {e: self.matrix(e, x.dtype) for e, count in enumerate(counts) if count}
+            return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]), self.dims.out_features)
+        if self.is_separable:
+            return self._apply_separable(x, counts)
+        return blockwise(x, counts, lambda rows, e: self.expert(e).apply(rows), self.dims.out_features)
 
-        Of the three products the middle one is by far the largest, and it is the base model's own.
+    def _choose(self, x: Tensor, counts: Sequence[int], way: str | None, needs_grad: bool) -> str:
+        if way is not None:
+            return way
+        if self.is_separable and self.cache is None and self.max_bond_dim is None:
+            return "apply"  # it is never worth multiplying out
+        if needs_grad and self.accumulation is not None and self.accumulation.is_active:
+            return "rebuild"
+        return plan(
+            self.dims,
+            self.max_bond_dim,
+            self.num_experts,
+            len(x),
+            sum(count > 0 for count in counts),
+            x.element_size(),
+            needs_grad,
+            0 if self.cache is None else self.cache.limit_bytes,
+            machine_of(x.device.type),
+        ).way
+
+    def _rebuild(self, x: Tensor, counts: Sequence[int], needs_grad: bool) -> Tensor:
+        if needs_grad and self.accumulation is not None and self.accumulation.is_active:
+            return self.accumulation.linear(self, x, counts)
+        active = [e for e, count in enumerate(counts) if count] or [0]
+        return rebuilt_linear(x, [counts[e] for e in active], *self.site_stacks(active, x.dtype), self.dims)
+
+    def _apply_separable(self, x: Tensor, counts: Counts) -> Tensor:
+        if padding := self.dims.padded_in - self.dims.in_features:  # even a padding of nothing makes a copy
+            x = nn.functional.pad(x, (0, padding))
+        y = separable_product(x, counts, self.central.to(x.dtype), *self._ends(x.dtype))
+        return y[:, : self.dims.out_features]
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Float[Tensor, "out_features in_features"]:
+        """W_e without a graph, multiplied out once as long as the parameters stay the same and the cache has room.
+
+        Args:
+            expert: Index.
+            dtype: Of the result.
         """
-        tokens = x.shape[0]
-        a, o, i, b = self.central.shape
-        x_Tiq = nn.functional.pad(x, (0, self.dims.padded_in - self.dims.in_features)).view(
-            tokens, i, self.dims.padded_in // i
-        )
-        z_Tib = self._end_products(1, x_Tiq, counts)
-        u_Tao = (z_Tib.reshape(tokens, i * b) @ self.central.reshape(a * o, i * b).T).view(tokens, a, o)
-        y_Top = self._end_products(0, u_Tao.transpose(1, 2), counts)
-        return y_Top.transpose(1, 2).reshape(tokens, self.dims.padded_out)[:, : self.dims.out_features]
 
-    def _end_products(self, n: int, x_Trk: Tensor, counts: list[int]) -> Tensor:
-        """Each expert's block of x times that expert's n-th auxiliary tensor, here a matrix (l, k): (T, r, l).
+        def multiply() -> Tensor:
+            return next(multiply_out(*self.site_stacks([expert], dtype), self.dims))
 
-        Rows are folded into one product per expert; a batched product of small matrices is up to 19 times slower.
+        return multiply() if self.cache is None else self.cache.get(self, expert, self.sources(), dtype, multiply)
+
+    def sources(self) -> list[Tensor]:
+        """Every tensor that the matrices are made of, the central one first."""
+        return [self.central, *self.offsets, *(t for name, t in self.named_buffers())]
+
+    def site_stacks(self, experts: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """The central tensor, and of every auxiliary site the given experts' tensors, stacked; differentiable.
+
+        Args:
+            experts: Indices, each once.
+            dtype: Of the results.
         """
-        tokens, rows, size = x_Trk.shape
-        blocks = x_Trk.reshape(tokens * rows, size).split([count * rows for count in counts])
-        ends_Elk = (self.scales[n].to(x_Trk.dtype) * self.offsets[n]).view(self.num_experts, -1, size)
-        start = None if self._unit_starts[n] else self._start(n).view(-1, size)
-        products = [
-            # x + s·A x, not (1 + s·A) x: small offsets are kept that bfloat16 would round away beside a 1.
-            torch.addmm(block, block, end_lk.T) if start is None else block @ (start + end_lk).T
-            for block, end_lk in zip(blocks, ends_Elk.unbind(0), strict=True)
-        ]
-        return torch.cat(products).view(tokens, rows, products[0].shape[1])
+        stacks = []
+        for n, offset in enumerate(self.offsets):
+            if len(experts) < self.num_experts:
+                offset = offset.index_select(0, torch.tensor(experts, device=offset.device))
+            stacks.append((self._start(n) + self.scales[n] * offset).to(dtype))
+        return self.central.to(dtype), stacks
+
+    def _ends(self, dtype: torch.dtype) -> tuple[End | None, End | None]:
+        """The ends at the inputs and the outputs; one that has a single dimension is a factor of the other."""
+        right, left = self._end(1, dtype), self._end(0, dtype)
+        if right.offsets[0].numel() == 1:
+            return None, dataclasses.replace(left, factors=_as_factors(right))
+        if left.offsets[0].numel() == 1:
+            return dataclasses.replace(right, factors=_as_factors(left)), None
+        return right, left
+
+    def _end(self, n: int, dtype: torch.dtype) -> End:
+        offsets = self.offsets[n]
+        # an end is a matrix from its bond to its outputs, or from its inputs to its bond
+        shape = (offsets.shape[2], offsets.shape[4]) if n == 0 else (offsets.shape[1], offsets.shape[3])
+        start = None if self._unit_starts[n] else self._start(n).to(dtype).view(shape)
+        return End(offsets.to(dtype).view(-1, *shape), None, start, self.scales[n].to(dtype))
 
     def _start(self, n: int) -> Tensor:
         """What the n-th auxiliary tensor of every expert starts as, (d_{k-1}, o_k, i_k, d_k)."""
@@ -209,11 +298,12 @@ class DenseExperts(nn.Module):
         """W_e."""
         return self.weight[index]
 
-    def forward(self, x: Float[Tensor, "T in_features"], counts: list[int]) -> Float[Tensor, "T out_features"]:
+    def forward(self, x: Float[Tensor, "T in_features"], counts: Counts) -> Float[Tensor, "T out_features"]:
         """y_t = W_{e(t)} x_t + b_{e(t)}; arguments as in `MPOExperts.forward`."""
-        # unbind: indexing a stacked parameter in a loop has a backward that fills the whole stack every time
-        y = linear_per_expert(x.to(self.weight.dtype), counts, self.weight.unbind(0).__getitem__)
-        return _add_bias(y, self.bias, counts)
+        dtype = compute_dtype(self.weight)
+        with without_autocast(x.device):
+            y = linear_per_expert(x.to(dtype), counts, self.weight.to(dtype))
+            return _add_bias(y, self.bias, counts)
 
 
 def per_token(
@@ -233,18 +323,6 @@ def per_token(
     return y + torch.stack([experts.bias[min(e, len(experts.bias) - 1)] for e in expert_of_token])
 
 
-def linear_per_expert(x: Tensor, counts: list[int], matrix: Callable[[int], Tensor]) -> Tensor:
-    """Each expert's block of x times that expert's matrix; experts without tokens cost nothing.
-
-    Args:
-        x: Rows, sorted by expert.
-        counts: Rows of every expert.
-        matrix: W_e (out, in) of an expert, called for those that have rows.
-    """
-    blocks = [nn.functional.linear(block, matrix(e)) for e, block in enumerate(x.split(counts)) if len(block)]
-    return torch.cat(blocks) if blocks else nn.functional.linear(x, matrix(0))
-
-
 def _empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:
     return None if kind == "none" else nn.Parameter(torch.empty(num_experts if kind == "expert" else 1, out_features))
 
@@ -254,13 +332,18 @@ def _load_bias(bias: nn.Parameter | None, value: Tensor | None) -> None:
         bias.copy_(torch.zeros_like(bias) if value is None else value.expand_as(bias))
 
 
-def _add_bias(y: Tensor, bias: nn.Parameter | None, counts: list[int]) -> Tensor:
+def _add_bias(y: Tensor, bias: nn.Parameter | None, counts: Counts) -> Tensor:
     if bias is None:
         return y
     if len(bias) == 1:
         return y + bias.to(y.dtype)
-    rows = torch.repeat_interleave(bias, torch.tensor(counts, device=bias.device), dim=0, output_size=len(y))
-    return y + rows.to(y.dtype)
+    return y + rows_of_experts(bias, counts, len(y)).to(y.dtype)
+
+
+def _as_factors(end: End) -> Tensor:
+    """What an end of one dimension multiplies each expert's tokens with."""
+    start = 1 if end.start is None else end.start.view(1)
+    return start + end.scale * end.offsets.flatten()
 
 
 def _is_square(shape: tuple[int, int, int, int], is_left: bool) -> bool:

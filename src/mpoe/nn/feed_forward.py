@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts
+from mpoe.nn.grouped import Counts, all_rows
+from mpoe.nn.panels import panels
 from mpoe.nn.router import RouterOutput, TopKRouter
 from mpoe.nn.usage import RouterUsage
 
@@ -55,18 +58,30 @@ class MoEFeedForward(nn.Module):
         """The routed experts' FFNs for every token; 0 for a token that all its experts dropped."""
         x_TD = x.reshape(-1, x.shape[-1])
         if self.router is None:
-            return self._experts(x_TD, [len(x_TD)]).reshape(x.shape)
+            return self._experts(x_TD, all_rows(x_TD)).reshape(x.shape)
         route = self.router(x_TD)
         self._record(route)
         dispatch = Dispatch.by_expert(route)
-        y_ND = self._experts(dispatch.dispatch(x_TD), dispatch.counts)
+        y_ND = self._experts_in_turn(dispatch.dispatch(x_TD), dispatch.counts)
         return dispatch.combine(y_ND, route.weight).reshape(x.shape)
 
     def reset_usage(self) -> None:
         """Start counting anew."""
         self.usage = None
 
-    def _experts(self, x_ND: Tensor, counts: list[int]) -> Tensor:
+    def _experts_in_turn(self, x_ND: Tensor, counts: Counts) -> Tensor:
+        """Where nothing is kept for a backward, a few experts go through the whole layer before the next ones start.
+
+        What lies between the matrices is then small enough to stay in the cache.
+        """
+        if torch.is_grad_enabled() or isinstance(counts, Tensor):
+            return self._experts(x_ND, counts)
+        in_turn = panels(counts)
+        if len(in_turn) < 2:
+            return self._experts(x_ND, counts)
+        return torch.cat([self._experts(x_ND[panel.rows], panel.counts(len(counts))) for panel in in_turn])
+
+    def _experts(self, x_ND: Tensor, counts: Counts) -> Tensor:
         h_NF = self.up(x_ND, counts)
         h_NF = self.activation(h_NF) if self.gate is None else self.activation(self.gate(x_ND, counts)) * h_NF
         return self.down(self.dropout(h_NF), counts)
@@ -74,5 +89,6 @@ class MoEFeedForward(nn.Module):
     def _record(self, route: RouterOutput) -> None:
         # In evaluation nobody adds the loss up, and a kept graph would be kept memory.
         self.router_output = route if self.training else None
-        usage = RouterUsage.of(route)
-        self.usage = usage if self.usage is None else self.usage + usage
+        if self.usage is None or self.usage.tokens.device != route.logits.device:
+            self.usage = RouterUsage.nothing(route.logits.shape[1], route.logits.device)
+        self.usage.add(route)

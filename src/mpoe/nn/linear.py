@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mpoe.nn.experts import MPOExperts, linear_per_expert
+from mpoe.nn.autocast import without_autocast
+from mpoe.nn.experts import MPOExperts
+from mpoe.nn.grouped import all_rows, is_known_to_host, linear_per_expert
 
 
 class MPOLinear(nn.Module):
@@ -68,18 +70,23 @@ class MPOEmbedding(nn.Module):
             ValueError: Ids outside of the table.
         """
         ids_T, dims = token_ids.reshape(-1), self.experts.dims
-        if len(ids_T):
+        if len(ids_T) and is_known_to_host(ids_T.device):  # elsewhere the lookup itself fails
             low, high = (int(end) for end in ids_T.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise ValueError(
                     f"token ids must be in 0..{self.num_embeddings - 1}; got {low}..{high}: use the model's tokenizer"
                 )
-        with torch.autocast(ids_T.device.type, enabled=False):
+        with without_autocast(ids_T.device):
             if dims.is_separable and dims.num_sites == 3:
                 rows_TD = self._separable_rows(ids_T)
             else:
-                rows_TD = nn.functional.embedding(ids_T, self.experts.expert_matrix(0))
+                rows_TD = nn.functional.embedding(ids_T, self._table())
         return rows_TD.view(*token_ids.shape, self.embedding_dim)
+
+    def _table(self) -> Tensor:
+        if torch.is_grad_enabled() or not is_known_to_host(self.experts.central.device):
+            return self.experts.expert_matrix(0)
+        return self.experts.matrix(0, self.experts.central.dtype)
 
     def _separable_rows(self, ids_T: Tensor) -> Tensor:
         """The separable layout, without multiplying out the table.
@@ -91,10 +98,10 @@ class MPOEmbedding(nn.Module):
         a, o, i, b = central.shape
         slice_T = ids_T % o
         order = torch.argsort(slice_T, stable=True)
-        counts = torch.bincount(slice_T, minlength=o).tolist()
-        slices = central.unbind(1)
+        counts = slice_T.new_zeros(o).scatter_add_(0, slice_T, torch.ones_like(slice_T))
         left_Ta = nn.functional.embedding(ids_T[order] // o, left.view(-1, a))
-        sorted_Tn = linear_per_expert(left_Ta, counts, lambda n: slices[n].reshape(a, i * b).T)
+        slices = central.permute(1, 2, 3, 0).reshape(o, i * b, a)
+        sorted_Tn = linear_per_expert(left_Ta, counts.tolist() if is_known_to_host(ids_T.device) else counts, slices)
         z_Tib = torch.empty_like(sorted_Tn).index_copy(0, order, sorted_Tn).view(-1, i, b)
         y_Tiq = z_Tib @ right.view(b, -1)
         return y_Tiq.reshape(len(ids_T), self.experts.dims.padded_in)[:, : self.embedding_dim]
@@ -156,4 +163,4 @@ def _single(experts: MPOExperts) -> MPOExperts:
 
 def _apply(experts: MPOExperts, x: Tensor) -> Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
-    return experts(x_TD, [len(x_TD)]).view(*x.shape[:-1], experts.dims.out_features)
+    return experts(x_TD, all_rows(x_TD)).view(*x.shape[:-1], experts.dims.out_features)

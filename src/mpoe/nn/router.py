@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mpoe.nn.autocast import without_autocast
+
 MIN_CAPACITY = 4
 
 
@@ -23,26 +25,34 @@ class RouterOutput:
         expert_index: The experts of every token, most probable first, 0 .. E - 1.
         weight: What each expert's output is multiplied by.
         kept: Which of these assignments the experts really get; None is all of them.
-        probabilities: The softmax over the experts.
+        logits: Of every expert.
+        probabilities: Their softmax.
         dropped: Assignments that found their expert full, count.
-        load_balancing_loss: Dimensionless; 1 when balanced.
-        z_loss: Mean square of the log of the softmax's denominator, nats².
     """
 
     expert_index: Int[Tensor, "T K"]
     weight: Float[Tensor, "T K"]
     kept: Bool[Tensor, "T K"] | None
+    logits: Float[Tensor, "T E"]
     probabilities: Float[Tensor, "T E"]
     dropped: Int[Tensor, ""]
-    load_balancing_loss: Float[Tensor, ""]
-    z_loss: Float[Tensor, ""]
 
     @cached_property
     def tokens_per_expert(self) -> Int[Tensor, " E"]:
         """Tokens that every expert gets, count."""
-        num_experts = self.probabilities.shape[1]
-        index = self.expert_index if self.kept is None else self.expert_index[self.kept]
-        return torch.bincount(index.flatten(), minlength=num_experts)
+        return _count(self.expert_index, self.logits.shape[1], self.kept)
+
+    @property
+    def load_balancing_loss(self) -> Float[Tensor, ""]:
+        """Dimensionless; 1 when balanced."""
+        # of the first choices, whatever becomes of them: a full expert shall still be felt as full
+        first_choices = _count(self.expert_index[:, 0], self.logits.shape[1])
+        return load_balancing_loss(self.probabilities, first_choices)
+
+    @property
+    def z_loss(self) -> Float[Tensor, ""]:
+        """Mean square of the log of the softmax's denominator, nats²."""
+        return router_z_loss(self.logits)
 
 
 class TopKRouter(nn.Module):
@@ -110,13 +120,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"]) -> RouterOutput:
         """Route every token."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.input_norm:
-                x = nn.functional.rms_norm(x, x.shape[-1:])
-            if self.training and self.jitter:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits = nn.functional.linear(x, self.weight.float(), self.bias.float())
+        with without_autocast(x.device):
+            logits = self._logits(x.float())
             probabilities = logits.softmax(dim=-1)
         top_probability, expert_index = probabilities.topk(self.top_k, dim=-1)
         if self.is_scale_prob:
@@ -131,14 +136,22 @@ class TopKRouter(nn.Module):
             expert_index=expert_index,
             weight=weight,
             kept=kept,
+            logits=logits,
             probabilities=probabilities,
             dropped=dropped,
-            # of the first choices, whatever becomes of them: a full expert shall still be felt as full
-            load_balancing_loss=load_balancing_loss(
-                probabilities, torch.bincount(expert_index[:, 0], minlength=self.num_experts)
-            ),
-            z_loss=router_z_loss(logits),
         )
+
+    def _logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        bias, weight = self.bias.float(), self.weight.float()
+        noisy = x
+        if self.training and self.jitter:
+            noisy = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        if not self.input_norm:
+            return nn.functional.linear(noisy, weight, bias)
+        # the scale goes onto the few logits instead of onto the token
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        scale = torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
+        return torch.addcmul(bias, nn.functional.linear(noisy, weight), scale)
 
     def _wanted(self, weight: Float[Tensor, "T K"]) -> Bool[Tensor, "T K"] | None:
         """The first choices, and the others as the policy says; None is all."""
@@ -171,6 +184,14 @@ class TopKRouter(nn.Module):
         place = (one_hot_NE.cumsum(dim=0) * one_hot_NE).sum(dim=1).view(num_choices, tokens).T  # 1, 2, .. in its expert
         within = asked & (place <= max(MIN_CAPACITY, int(factor * tokens / self.num_experts)))
         return within, asked.sum() - within.sum()
+
+
+def _count(
+    expert_index: Int[Tensor, "*any"], num_experts: int, kept: Bool[Tensor, "*any"] | None = None
+) -> Int[Tensor, " E"]:
+    """How often each expert is named; `bincount` would wait for the device."""
+    ones = torch.ones_like(expert_index) if kept is None else kept.to(expert_index.dtype)
+    return expert_index.new_zeros(num_experts).scatter_add_(0, expert_index.flatten(), ones.flatten())
 
 
 def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:

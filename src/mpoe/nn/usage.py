@@ -16,7 +16,10 @@ from mpoe.nn.router import RouterOutput
 
 @dataclass(frozen=True)
 class RouterUsage:
-    """Sums over the tokens of some forwards; they stay on the device, so that counting costs no synchronisation.
+    """Sums over the tokens of some forwards.
+
+    They stay on the device, so that counting costs no synchronisation, and where they are, so that a CUDA graph finds
+    them again.
 
     Attributes:
         tokens: Tokens routed, count.
@@ -33,22 +36,21 @@ class RouterUsage:
     entropy: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, route: RouterOutput) -> RouterUsage:
-        """The sums over one forward."""
-        probabilities = route.probabilities.detach()
-        return cls(
-            tokens=torch.tensor(len(probabilities), device=probabilities.device),
-            tokens_per_expert=route.tokens_per_expert,
-            dropped=route.dropped,
-            probability=probabilities.sum(dim=0),
-            entropy=torch.special.entr(probabilities).sum(),
-        )
+    def nothing(cls, num_experts: int, device: torch.device) -> RouterUsage:
+        """Before the first forward."""
+        with torch.inference_mode(False), torch.device(device):  # or it could not be added to outside of that mode
+            count, total = torch.zeros((), dtype=torch.long), torch.zeros(())
+            counts, totals = torch.zeros(num_experts, dtype=torch.long), torch.zeros(num_experts)
+            return cls(count, counts, count.clone(), totals, total)
 
-    def __add__(self, other: RouterUsage) -> RouterUsage:
-        """Both forwards together."""
-        return RouterUsage(
-            *(a + b.to(a.device) for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+    @torch.no_grad()
+    def add(self, route: RouterOutput) -> None:
+        """Add one forward."""
+        self.tokens.add_(len(route.probabilities))
+        self.tokens_per_expert.add_(route.tokens_per_expert)
+        self.dropped.add_(route.dropped)
+        self.probability.add_(route.probabilities.sum(dim=0))
+        self.entropy.add_(torch.special.entr(route.probabilities).sum())
 
     def statistics(self) -> RouterStatistics:
         """Shares and means, as plain numbers."""

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,8 @@ from mpoe.training.tasks import Task, TaskData
 from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer, evaluate, tokenize
 
 ADAPTER_FOLDER = "adapter"
-# Of a mixture's config, what its weights mean.
-_FUNCTION = (
-    "num_experts", "moe_type", "top_k", "layout", "num_sites", "gauge", "is_scale_prob", "expert_bias",
-    "router_input_norm",
-)  # fmt: skip
+# Of a mixture's config, what its weights mean. A type says no more than its top_k, and sites are seen in the weights.
+_FUNCTION = ("num_experts", "top_k", "layout", "gauge", "is_scale_prob", "expert_bias", "router_input_norm")
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,6 @@ class FinetuneResult:
     gradient_mask: dict[str, int] | None
     adapter_bytes: int | None
     versions: dict[str, str]
-
-    @property
-    def expert_shares(self) -> dict[str, list[float]]:
-        """Share of the evaluated tokens that each expert of each layer got."""
-        return {name: router.share for name, router in self.routers.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FinetuneResult:
@@ -157,27 +149,14 @@ def load_experiment(model: PreTrainedModel, path: str, components: Sequence[str]
         components: Of `mpoe.config.COMPONENTS`: only their MPOs, experts and routers; None is the whole model.
 
     Raises:
-        ValueError: A folder without such a model, a component that either model has not, or other shapes.
+        ValueError: A folder without such a model, a component that the two have not in the same modules, or other
+            shapes.
     """
     source = from_pretrained(path)
     here, there = mpoe_config(model), mpoe_config(source)
-    if here is not None and there is not None and (changes := there.changes_to(here, _FUNCTION)):
+    if here is not None and there is not None and (changes := mixture_changes(there, here, _FUNCTION)):
         raise ValueError(f"the mixture in {path} must be one of these flags ({changes}); repeat those it has")
-    if components is None:
-        pairs: list[tuple[torch.nn.Module, torch.nn.Module]] = [(model, source)]
-    else:
-        found = [component_modules(m) for m in (model, source)]
-        for component in components:
-            if not all(component in modules for modules in found):
-                raise ValueError(
-                    f"load_layer names {component}, so both the model and {path} must have MPOs, experts or routers "
-                    f"there; they have them in {[sorted(modules) for modules in found]}. Correct --load_layer or "
-                    "--mpo_layers"
-                )
-        pairs = [
-            pair for c in components for pair in zip(*(list(modules[c].values()) for modules in found), strict=False)
-        ]
-    for target, other in pairs:
+    for target, other in [(model, source)] if components is None else _pairs(model, source, path, components):
         try:
             target.load_state_dict(other.state_dict())
         except RuntimeError as error:
@@ -186,6 +165,41 @@ def load_experiment(model: PreTrainedModel, path: str, components: Sequence[str]
                 f"the model in {path} must have the same layers, experts and site dimensions; {reason}. Repeat the "
                 "flags that it was made with"
             ) from error
+
+
+def mixture_changes(there: MPOEConfig, now: MPOEConfig, names: Iterable[str]) -> str:
+    """What of a saved mixture is otherwise now, for an error message; empty if nothing.
+
+    Args:
+        there: The saved mixture's.
+        now: What is asked for.
+        names: The fields of `MPOEConfig` that count; a `top_k` is the number that it comes to, given or the type's own.
+    """
+    saved, asked = (dataclasses.replace(config, top_k=config.experts_per_token) for config in (there, now))
+    return saved.changes_to(asked, names)
+
+
+def _pairs(
+    model: PreTrainedModel, source: PreTrainedModel, path: str, components: Sequence[str]
+) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """The modules of these components and their namesakes in the source."""
+    pairs = []
+    for component in components:
+        here, there = (component_modules(m).get(component, {}) for m in (model, source))
+        if not here or here.keys() != there.keys():
+            raise ValueError(
+                f"load_layer names {component}, so the model and {path} must have its MPOs, experts or routers in the "
+                f"same modules; both have them in {_some(here.keys() & there.keys())}, only the model in "
+                f"{_some(here.keys() - there.keys())}, only {path} in {_some(there.keys() - here.keys())}. Repeat the "
+                f"--mpo_layers, --stacks and --layers that it was made with, or leave {component} out of --load_layer"
+            )
+        pairs += [(module, there[name]) for name, module in here.items()]
+    return pairs
+
+
+def _some(names: Collection[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(sorted(names)[:shown]) + more if names else "none"
 
 
 def finetune(

@@ -9,7 +9,6 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from mpoe.config import COMPONENTS
 from mpoe.models import component_modules, mpo_experts, routers
 from mpoe.nn import DenseExperts, MPOExperts
 
@@ -42,12 +41,6 @@ class Freezing:
     tensor_learn: bool = False
     update_mpo_layer: tuple[str, ...] | None = None
     train_AT_index: tuple[int, ...] | None = None  # noqa: N815  # the reference spells it so
-
-    def __post_init__(self) -> None:
-        if self.update_mpo_layer is not None and not set(self.update_mpo_layer) <= set(COMPONENTS):
-            raise ValueError(
-                f"update_mpo_layer must be noupdate or a list of {COMPONENTS}; got {list(self.update_mpo_layer)}"
-            )
 
     def apply(self, model: PreTrainedModel) -> None:
         """Set `requires_grad` of every parameter.

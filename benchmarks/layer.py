@@ -1,0 +1,134 @@
+"""Time of one T5-base feed-forward layer over the dense one, forward and training step, ours and others'.
+
+    python benchmarks/layer.py [--short] [--phases forward step] [--tokens 512 4096] [--ways narrow Switch]
+
+"forward" is evaluation without gradients; "step" is forward and backward in training mode, the input's gradient
+included. "step memory" is what tensors take in a step above the layer's parameters and input.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from contenders import (
+    BASE,
+    TransformersExperts,
+    dense_layer,
+    forward_of,
+    layouts,
+    our_layer,
+    reference_style_layer,
+    step_of,
+    switch_layer,
+    tensorly_layer,
+)
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, tensor_peak, write_results
+from torch import nn
+
+PHASES = ("forward", "step")
+TOKENS = {"full": (1, 32, 512, 4096), "short": (1, 512), "tiny": (3,)}
+# What needs a copy of an expert's matrices a token, or as many FLOPs as hundreds of dense layers.
+ONLY_FEW_TOKENS = {"Transformers batched_mm": 32, "tensorly-torch factorized": 32}
+MANY = "separable, 64 experts"
+
+TARGETS: dict[tuple[str, int], dict[tuple[str, str], Target]] = {
+    ("forward", 1): {
+        ("separable", "dense"): Target(1.6),
+        ("narrow", "dense"): Target(1.4),
+        ("balanced", "Switch"): Target(1.0),
+    },
+    ("forward", 32): {
+        ("separable", "dense"): Target(1.9),
+        ("narrow", "dense"): Target(1.4),
+        ("balanced", "Switch"): Target(1.0),
+    },
+    ("forward", 512): {
+        ("separable", "dense"): Target(1.6),
+        ("narrow", "dense"): Target(1.2),
+        ("balanced", "Switch"): Target(1.0),
+        (MANY, "separable"): Target(1.15),
+    },
+    ("forward", 4096): {
+        ("separable", "dense"): Target(1.5),
+        ("narrow", "dense"): Target(1.2),
+        ("balanced", "dense"): Target(1.1),
+        ("balanced", "Switch"): Target(1.0),
+        (MANY, "separable"): Target(1.15),
+    },
+    ("step", 512): {
+        ("separable", "dense"): Target(1.5),
+        ("narrow", "dense"): Target(1.25),
+        (MANY, "separable"): Target(1.15),
+    },
+    ("step", 4096): {
+        ("separable", "dense"): Target(1.5),
+        ("narrow", "dense"): Target(1.2),
+        ("balanced", "reference-style"): Target(1.0),
+        (MANY, "separable"): Target(1.15),
+    },
+    ("step memory", 4096): {("balanced", "reference-style"): Target(0.4)},
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    made = parser("Time of one feed-forward layer over the dense one.")
+    made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    made.add_argument("--tokens", nargs="+", type=int, help="of a batch, counts")
+    made.add_argument("--ways", nargs="+", help="only these (and dense), by their names in the table")
+    args = parse(made, arguments)
+    args.tokens = args.tokens or TOKENS[args.size]
+    layers = build(args)
+    rows: list[Row] = []
+    for phase in args.phases:
+        for tokens in args.tokens:
+            rows += _measure(phase, tokens, layers, args)
+    write_results("layer", rows, args)
+
+
+def build(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The layers by name, on their device; those that cannot be had are named and left out."""
+    D, F = (32, 64) if args.size == "tiny" else BASE
+    dense = dense_layer(D, F)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: dense,
+        "Switch": lambda: switch_layer(D, F),
+        "Transformers grouped_mm": lambda: TransformersExperts(D, F, "grouped_mm"),
+        "Transformers batched_mm": lambda: TransformersExperts(D, F, "batched_mm"),
+        "tensorly-torch reconstructed": lambda: tensorly_layer(dense, "reconstructed"),
+        "tensorly-torch factorized": lambda: tensorly_layer(dense, "factorized"),
+        "reference-style": lambda: reference_style_layer(dense),
+        **{name: lambda o=options: our_layer(dense, **o) for name, options in layouts(D, F).items()},
+        MANY: lambda: our_layer(dense, num_experts=64),
+    }
+    layers = {}
+    for name, make in makers.items():
+        if not args.ways or name in ("dense", *args.ways):
+            try:
+                layers[name] = make().to(args.device, DTYPES[args.dtype])
+            except ImportError as error:
+                print(f"{name} is left out: {error} (pip install tensorly-torch)")
+    return layers
+
+
+def _measure(phase: str, tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
+    width = 32 if args.size == "tiny" else BASE[0]
+    x = torch.randn(1, tokens, width, device=args.device, dtype=DTYPES[args.dtype])
+    ways = {
+        name: forward_of(layer, x) if phase == "forward" else step_of(layer, x)
+        for name, layer in layers.items()
+        if tokens <= ONLY_FEW_TOKENS.get(name, tokens)
+    }
+    targets = TARGETS.get((phase, tokens), {})
+    rows = rows_over_dense(f"{phase}, {tokens} tokens", compare(ways, args.repeats), targets)
+    if phase == "step":
+        peaks = {name: Samples((float(tensor_peak(way)),)) for name, way in ways.items()}
+        targets = TARGETS.get(("step memory", tokens), {})
+        rows += rows_over_dense(f"step memory, {tokens} tokens", peaks, targets, "MiB")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

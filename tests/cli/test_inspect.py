@@ -1,0 +1,130 @@
+"""`mpoe inspect --scale` and `--plan` as a user types them; the parameter table is in test_commands.py."""
+
+import pytest
+from transformers import BertConfig, GPT2Config, LlamaConfig
+
+import mpoe
+from mpoe.cli.main import main
+from tiny import assert_refused, tiny_t5
+
+
+def printed(capsys, *command):
+    assert main(["inspect", "--config", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    return lines
+
+
+def row(lines, name):
+    """The cells behind the first row of that name."""
+    return next(line for line in lines if line.strip().startswith(name)).split(name)[1].split()
+
+
+def test_scale_of_t5_base(capsys):
+    lines = printed(capsys, "t5-base", "--scale", "8", "--num_experts", "8")
+    assert row(lines, "dense")[:3] == ["222.9", "222.9", "1.000"]
+    assert row(lines, "MPOE separable")[:3] == ["293.8", "293.8", "1.318"]
+    assert row(lines, "MPOE adapter")[:3] == ["293.8", "70.9", "0.318"]
+    assert row(lines, "Switch EP")[:2] == ["1,015.8", "1,015.8"]
+    eight = lines[lines.index(next(line for line in lines if line.startswith("8 devices"))) :]
+    assert row(eight, "dense")[:3] == ["3.72", "0.78", "0"]  # 16 bytes, and 2 · 7/8 · 2 bytes, of 222.9 M
+    assert row(eight, "MPOE separable")[1:3] == ["1.03", "0"]
+    assert row(eight, "Switch EP")[2] == "0.66"  # 8192 · 4 · 1.25 · 768 · 12 layers · 2 bytes · 7/8
+    assert not any(line.startswith("64 devices") for line in lines)
+
+
+def test_scale_without_numbers_is_for_1_to_1000_devices(capsys):
+    lines = printed(capsys, "t5-small", "--scale", "--max_auxiliary_bond", "64")
+    assert [line.strip() for line in lines if "device" in line and line[0].isdigit()] == [
+        "1 device",
+        "8 devices",
+        "64 devices",
+        "1,000 devices",
+    ]
+
+
+def test_scale_follows_the_flags(capsys):
+    one = printed(capsys, "t5-small", "--scale", "2", "--tokens_per_device", "1000", "--achieved", "0.5")
+    two = printed(capsys, "t5-small", "--scale", "2", "--tokens_per_device", "2000", "--achieved", "1.0")
+    assert "1,000 tokens a device" in one[0]
+    tables = [
+        lines[lines.index(next(line for line in lines if line.startswith("2 devices"))) :] for lines in (one, two)
+    ]
+    first, second = (row(lines, "dense") for lines in tables)
+    assert first[1:5] == second[1:5]  # twice the tokens at twice the pace; as many gradients
+    assert float(second[-1].replace(",", "")) == pytest.approx(2 * float(first[-1].replace(",", "")), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (GPT2Config(), "124.4"),
+        (LlamaConfig(num_hidden_layers=2, hidden_size=512, intermediate_size=1024, num_attention_heads=8), "38.0"),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_scale_of_a_folder_with_a_config(tmp_path, monkeypatch, capsys, config, millions):
+    monkeypatch.chdir(tmp_path)
+    config.save_pretrained("model")
+    assert row(printed(capsys, "model", "--scale", "8"), "dense")[0] == millions
+    assert "→" in "".join(printed(capsys, "model", "--plan", "64"))
+
+
+def test_a_saved_mixture_and_published_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3, stacks=("encoder",)))
+    model.save_pretrained("mixture")
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    assert row(printed(capsys, "mixture", "--scale", "8"), "MPOE separable")[0] == f"{total:.1f}"
+    assert row(printed(capsys, "llama-2-70b", "--scale", "8"), "dense")[0] == "68,976.6"
+    assert "2,851.6" in "".join(printed(capsys, "t5-3b"))
+
+
+def test_plan_shows_every_matrix_and_what_was_chosen(capsys):
+    lines = printed(capsys, "t5-base", "--plan", "--num_experts", "4")
+    titles = [line.strip() for line in lines if "×" in line]
+    shapes = ("3072×768", "768×3072")
+    assert titles == [f"{shape}, {what}" for shape in shapes for what in ("evaluation", "a training step")]
+    chosen = [line.split() for line in lines if "→" in line and line.strip()[0].isdigit()]
+    assert [cells[0] for cells in chosen] == ["1", "32", "512", "4,096"] * 4
+    assert {cells[2] for cells in chosen} <= {"apply", "rebuild", "cached"}
+    training = [cells for n, cells in enumerate(chosen) if n % 8 >= 4]
+    assert "cached" not in {cells[2] for cells in training}
+    assert len(printed(capsys, "t5-base", "--plan", "7", "--plan_on", "cuda", "--layout", "balanced")) > 10
+
+
+def test_both_at_once_and_several_mixtures(capsys):
+    lines = printed(capsys, "t5-small", "--plan", "8", "--scale", "1", "--num_experts", "2", "4")
+    text = "\n".join(lines)
+    assert text.count("t5-small, 2 experts") == text.count("t5-small, 4 experts") == 1
+    assert text.count("2 experts, bonds") == text.count("4 experts, bonds") == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--scale 0", "devices must be >= 1; got 0"),
+        ("--scale 8 -1", "devices must be >= 1; got -1"),
+        ("--scale 1.5", "invalid int value: '1.5'"),
+        ("--scale --tokens_per_device -5", "tokens_per_device must be > 0 and finite; got -5"),
+        ("--scale --achieved 2", "achieved must be in (0, 1]; got 2.0"),
+        ("--scale --network_bandwidth 0", "network_bandwidth must be > 0 and finite; got 0.0"),
+        ("--scale --moe_type none --mpo_layers nompo", "--plan and --scale need a mixture"),
+        ("--scale --num_experts 1", "only mixtures of MPO feed-forward layers are costed"),
+        ("--plan --mpo_layers attention", "only mixtures of MPO feed-forward layers are costed"),
+        ("--plan 0", "tokens must be >= 1; got 0"),
+        ("--plan --plan_on tpu", "invalid choice: 'tpu'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, flags, message):
+    assert_refused(["inspect", "--config", "t5-small", *flags.split()], message, tmp_path, capsys)
+
+
+def test_unknown_models_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    BertConfig().save_pretrained("bert")
+    known = "bert must be of a model type whose sizes are known, one of gpt2, llama, mistral, qwen2, t5; got 'bert'"
+    assert_refused(["inspect", "--config", "bert", "--scale"], known, tmp_path, capsys)
+    nowhere = "nothing/there/at must be a folder with a config.json"
+    assert_refused(["inspect", "--config", "nothing/there/at", "--plan"], nowhere, tmp_path, capsys)
