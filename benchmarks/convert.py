@@ -32,18 +32,21 @@ from mpoe.nn import MPOExperts
 NUMPY = "numpy TT-SVD"
 T5_BASE: dict[str, Any] = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}
 MATRICES, NUM_EXPERTS = 48, 8
+LAYOUTS = ("separable", "balanced")
 GAUGES = {"exact": ("identity", "central", "sqrt"), "half": ("identity", "sqrt")}
 SECONDS = {"exact": Target(3.0), "half": Target(8.0)}
 OVER_NUMPY = Target(0.2)
+BUDGET_S = {"full": 60, "short": 0, "tiny": 0}  # of a comparison, which has 3 rounds at least; seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     made = parser("Conversion of T5-base's feed-forward matrices to MPOs.")
     made.add_argument("--matrices", type=int, help="of ours, even, count; times are scaled to 48 (48; short: 8)")
-    made.add_argument("--layouts", nargs="+", choices=("separable", "balanced"), default=("separable", "balanced"))
+    made.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="(both; short: separable)")
     args = parse(made, arguments)
     args.matrices = args.matrices or {"full": MATRICES, "short": 8, "tiny": 2}[args.size]
+    args.layouts = args.layouts or LAYOUTS[: 1 if args.size == "short" else 2]
     if args.matrices < 2 or args.matrices % 2:
         made.error(f"--matrices must be even and >= 2, half of each shape; got {args.matrices}")
     D, F = (TINY["d_model"], TINY["d_ff"]) if args.size == "tiny" else BASE
@@ -81,8 +84,7 @@ def load_rows(pair: list[Tensor], layout: str, cut: str, args: argparse.Namespac
         ]
 
     ways: dict[str, Callable[[], Any]] = {NUMPY: in_numpy} | {g: lambda g=g: ours(g) for g in GAUGES[cut]}
-    # In the short form as few rounds as there may be, because numpy takes most of the time.
-    times = compare(ways, args.repeats, warmup=1, budget_s=None if args.size == "full" else 0)
+    times = compare(ways, args.repeats, warmup=1, budget_s=BUDGET_S[args.size])
     scaled = {
         way: samples.map(lambda s, n=2 if way == NUMPY else args.matrices: s * MATRICES / n)
         for way, samples in times.items()
@@ -151,14 +153,16 @@ def upcycle_rows(args: argparse.Namespace) -> list[Row]:
         )
         for layout in args.layouts
         for cut, gauges in GAUGES.items()
-        for gauge in (gauges if args.size == "full" else gauges[:1])
+        for gauge in gauges
     }
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in ways}
-    for n in range(1 + (args.repeats if args.size == "full" else 1)):
+    upcycle_time(base, MPOEConfig())  # the first fetches libraries' code
+    start = time.perf_counter()
+    for n in range(args.repeats):
+        if n and time.perf_counter() - start > BUDGET_S[args.size]:
+            break
         for key, config in ways.items():
-            spent = upcycle_time(base, config)
-            if n:  # not the first, which fetches libraries' code
-                seconds[key].append(spent)
+            seconds[key].append(upcycle_time(base, config))
     return [
         Row(f"upcycle, {cut}, {layout}", gauge, Samples(tuple(values)), target=SECONDS[cut], unit="s")
         for (cut, layout, gauge), values in seconds.items()

@@ -9,7 +9,7 @@ change of the ways. The planner is asked when the report is made, so its constan
 
 Regret: the time of the way that the planner chooses over that of the fastest. A way that it expects to take more than
 4 times the fastest is not timed, nor is a cell whose fastest it expects to take a second. Without gradients two choices
-are judged, with memory for cached matrices and without.
+are judged, with memory for cached matrices and without. A choice with nothing to choose from is not counted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from mpoe.mpo import Plan, machine_of, plan, site_dims
 from mpoe.nn import MPOExperts
+from mpoe.nn.matrix_cache import MatrixCache
 
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "full": {
@@ -101,18 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser("How good the planner's choices are, over a grid of cells.")
     made.add_argument("--budget", type=float, help="start no cell after so many seconds; run again to go on")
     args = parse(made, arguments)
-    budget = args.budget or (SHORT_BUDGET_S if args.size == "short" else float("inf"))
+    budget = args.budget
+    if budget is None:
+        budget = SHORT_BUDGET_S if args.size == "short" else float("inf")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "plan-cells.jsonl"
     if args.size != "full":
         path.unlink(missing_ok=True)
+    path.touch()
     done = _read(path)
     todo = [cell for cell in _grid(args) if cell not in done]
     start = time.perf_counter()
     for cell in tqdm(todo, unit="cell", disable=None):
         if time.perf_counter() - start > budget:
             break
-        done[cell] = _measure(cell)
+        done[cell] = _measure(cell, args.repeats)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"cell": asdict(cell), "seconds": done[cell]}) + "\n")
     write_results("plan", _report({cell: done[cell] for cell in _grid(args) if cell in done}), args)
@@ -131,14 +135,13 @@ def _grid(args: argparse.Namespace) -> list[Cell]:
 
 
 def _read(path: Path) -> dict[Cell, dict[str, list[float]]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     done = {}
-    for line in map(json.loads, lines):
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         done[Cell(**line["cell"] | {"shape": tuple(line["cell"]["shape"])})] = line["seconds"]
     return done
 
 
-def _measure(cell: Cell) -> dict[str, list[float]]:
+def _measure(cell: Cell, repeats: int) -> dict[str, list[float]]:
     """Seconds a call of every way that is not hopeless, by round."""
     expected = {way: cost.seconds for way, cost in cell.plan(has_cache=True).costs.items()}
     limit = HOPELESS * min(seconds for way, seconds in expected.items() if way != "cached")
@@ -147,11 +150,12 @@ def _measure(cell: Cell) -> dict[str, list[float]]:
     experts = MPOExperts(site_dims(*cell.shape, layout=cell.layout), cell.num_experts, cell.max_bond_dim)
     for tensor in (*experts.parameters(), *experts.buffers()):
         nn.init.normal_(tensor, std=0.02)  # times do not depend on the values
-    experts = experts.to(device, dtype).train(cell.is_step)
+    experts = experts.to(device, dtype)
+    experts.cache = MatrixCache(MAX_CACHE_BYTES)
     x = torch.randn(cell.tokens, cell.shape[1], device=device, dtype=dtype, requires_grad=cell.is_step)
     run = _step if cell.is_step else _forward
     ways = {way: partial(run, experts, x, cell.counts, way) for way, seconds in expected.items() if seconds <= limit}
-    samples = compare(ways, repeats=9, warmup=1, budget_s=CELL_BUDGET_S)
+    samples = compare(ways, repeats, warmup=1, budget_s=CELL_BUDGET_S)
     return {way: list(of_way.values) for way, of_way in samples.items()}
 
 
@@ -207,7 +211,8 @@ def _choices(done: dict[Cell, dict[str, list[float]]]) -> Iterable[_Choice]:
             made = cell.plan(has_cache)
             seconds = {way: Samples(tuple(values)).median for way, values in by_way.items() if way in made.costs}
             chosen = min(seconds, key=lambda way: made.costs[way].seconds)
-            yield _Choice(cell, has_cache, chosen, seconds)
+            if len(seconds) > 1:
+                yield _Choice(cell, has_cache, chosen, seconds)
 
 
 def _group_rows(case: str, choices: list[_Choice]) -> list[Row]:

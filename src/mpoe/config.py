@@ -13,6 +13,8 @@ COMPONENTS = ("word_embed", "mlp", "attention")
 MOE_TYPES = ("switch", "moe", "none")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
 BIASES = ("none", "shared", "expert")
+AUXILIARY_SIDES = ("both", "narrow")
+COMPUTE = ("auto", "apply", "rebuild", "cached")
 
 
 @dataclass
@@ -35,6 +37,8 @@ class MPOEConfig:
         num_sites: Site tensors per matrix, odd; None is the layout's own, 3 for separable and 5 for balanced.
         max_auxiliary_bond: Cap on the two full bonds beside the central tensor, count, >= 1; this is the knob for how
             large the auxiliary tensors are, and it loses nothing. None is the size of the paper's shapes.
+        auxiliary_sides: Where a matrix of the separable layout has auxiliary tensors of any size: on "both" sides of
+            the central tensor, or only on the "narrow" side of the matrix, which is faster and has fewer parameters.
         max_bond_dim: Truncation of the feed-forward matrices: keep at most this many singular values on every bond,
             count, >= 1; None is exact.
         word_embed_bond_dim: The same for the word embedding.
@@ -71,6 +75,12 @@ class MPOEConfig:
         router_z_loss_coef: Weight of the routers' z-loss, averaged over layers, in the model's loss, >= 0.
         tied_head: With "word_embed": whether the language-model head is the embedding's own table. None is as the model
             has it; `upcycle` writes the answer here for those who load the model.
+        compute: How products with MPOs are computed: "auto" lets the planner choose the cheapest way (`mpoe.mpo.plan`),
+            "apply" multiplies nothing out, "rebuild" multiplies the matrices of active experts out every time, "cached"
+            keeps them in evaluation. Says nothing about what the model is.
+        matrix_cache_gib: Memory for matrices that are kept multiplied out in evaluation, for the whole model, GiB,
+            >= 0. Only matrices that would be multiplied out in every forward are kept: not those of the separable
+            layout, unless `compute` is "cached".
         seed: Seed of the routers' initial weights and of the expert noise.
     """
 
@@ -81,6 +91,7 @@ class MPOEConfig:
     layout: str = "separable"
     num_sites: int | None = None
     max_auxiliary_bond: int | None = None
+    auxiliary_sides: str = "both"
     max_bond_dim: int | None = None
     word_embed_bond_dim: int | None = None
     attention_bond_dim: int | None = None
@@ -103,6 +114,8 @@ class MPOEConfig:
     load_balancing_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     tied_head: bool | None = None
+    compute: str = "auto"
+    matrix_cache_gib: float = 2.0
     seed: int = 0
 
     quant_method: ClassVar[str] = "mpoe"
@@ -117,6 +130,7 @@ class MPOEConfig:
         for name, choices in (
             ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
+            ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE),
         ):  # fmt: skip
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
@@ -147,7 +161,7 @@ class MPOEConfig:
             value = getattr(self, name)
             optional = name != "offset_scale"
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
-        for name in ("expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef"):
+        for name in ("expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
         _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)

@@ -1,11 +1,17 @@
 """`mpoe inspect --scale` and `--plan` as a user types them; the parameter table is in test_commands.py."""
 
+import re
+from pathlib import Path
+
 import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 import mpoe
 from mpoe.cli.main import main
 from tiny import assert_refused, tiny_t5
+
+DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
+SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def printed(capsys, *command):
@@ -128,3 +134,14 @@ def test_unknown_models_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert_refused(["inspect", "--config", "bert", "--scale"], known, tmp_path, capsys)
     nowhere = "nothing/there/at must be a folder with a config.json"
     assert_refused(["inspect", "--config", "nothing/there/at", "--plan"], nowhere, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_the_docs_show_what_the_command_prints(capsys, command, output):
+    """If this fails, the page is out of date: put in what the command prints now."""
+    assert [line.rstrip() for line in printed(capsys, *command.split()[2:])] == output.splitlines()
+
+
+def test_the_docs_show_all_the_models_they_speak_of():
+    shown = {command.split()[2] for command, _ in SHOWN}
+    assert shown == {"t5-base", "t5-3b", "t5-11b", "llama-2-7b", "llama-2-70b"}

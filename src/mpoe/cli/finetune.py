@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from mpoe.cli.parsing import parse, without_defaults
 from mpoe.config import MPOEConfig
-from mpoe.models import component_modules, is_upcycled, mpoe_config, routers
+from mpoe.models import component_modules, is_upcycled, mpoe_config, routers, set_compute
 from mpoe.report import metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
@@ -99,7 +99,12 @@ def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, aske
         return
     if config is None:
         raise ValueError("the model must be dense to be trained as a dense one; it has been upcycled before")
-    fields = {_FIELDS.get(flag, flag) for flag in asked} - {"seed"}  # further training may have a seed of its own
+    how = {"compute", "matrix_cache_gib"} & set(asked)  # says nothing about what the model is
+    for name in how:
+        setattr(saved, name, getattr(config, name))
+    set_compute(model, saved)
+    # further training may have a seed of its own
+    fields = {_FIELDS.get(flag, flag) for flag in asked} - {"seed", *how}
     names = [field.name for field in dataclasses.fields(config) if field.name in fields]
     if changes := mixture_changes(saved, config, names):
         raise ValueError(

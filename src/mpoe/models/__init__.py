@@ -13,6 +13,7 @@ from mpoe.models.inspect import (
     reset_usage,
     router_statistics,
 )
+from mpoe.models.matrices import set_compute
 from mpoe.models.router_loss import mixtures, mpoe_config, routers, take_router_loss
 from mpoe.models.upcycle import upcycle
 
@@ -38,6 +39,7 @@ __all__ = [
     "routers",
     "save_adapter",
     "set_adapter",
+    "set_compute",
     "take_router_loss",
     "upcycle",
 ]

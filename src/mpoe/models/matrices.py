@@ -1,10 +1,13 @@
-"""One matrix of a model as empty experts: the config's choices about site dimensions, bonds and gauge, in one place."""
+"""The matrices of a model as experts: the config's choices about site dimensions, bonds, gauge and how to compute."""
 
 from __future__ import annotations
 
+from torch import nn
+
 from mpoe.config import MPOEConfig
+from mpoe.models.inspect import mpo_experts
 from mpoe.mpo import SiteDims, site_dims
-from mpoe.nn import MPOExperts
+from mpoe.nn import MatrixCache, MPOExperts
 
 
 def empty_mpo(
@@ -33,7 +36,14 @@ def empty_mpo(
     shape, own = f"{out_features}x{in_features}", config.site_dims or {}
     given = own.get(f"{name}:{shape}", own.get(shape))
     dims = (
-        site_dims(out_features, in_features, config.num_sites, config.layout, config.max_auxiliary_bond)
+        site_dims(
+            out_features,
+            in_features,
+            config.num_sites,
+            config.layout,
+            config.max_auxiliary_bond,
+            config.auxiliary_sides,
+        )
         if given is None
         else SiteDims.of(given, out_features, in_features)
     )
@@ -43,3 +53,24 @@ def empty_mpo(
         "word_embed": config.word_embed_bond_dim,
     }[component]
     return MPOExperts(dims, num_experts, max_bond_dim, config.gauge, config.offset_scale, bias)
+
+
+def set_compute(model: nn.Module, config: MPOEConfig) -> None:
+    """Tell the layers of a model how to compute their products, and give them a cache for evaluation.
+
+    The cache goes to layers that would multiply their matrices out in every forward, in the model's order, as long as
+    all of a layer's matrices find room. So it never drops what the next batch needs.
+
+    Args:
+        model: An upcycled model.
+        config: Its `compute` and `matrix_cache_gib`.
+    """
+    cache = MatrixCache(int(config.matrix_cache_gib * 2**30))
+    left = cache.limit_bytes
+    for experts in mpo_experts(model).values():
+        experts.way = None if config.compute == "auto" else config.compute
+        dims = experts.dims
+        needed = experts.num_experts * dims.padded_out * dims.padded_in * experts.central.element_size()
+        is_wanted = not experts.is_separable or config.compute == "cached"
+        experts.cache = cache if is_wanted and needed <= left else None
+        left -= needed if experts.cache is not None else 0

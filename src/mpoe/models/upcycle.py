@@ -13,7 +13,7 @@ from mpoe.config import MPOEConfig
 from mpoe.models.components import check_embedding, replace_embedding, replace_linear, with_tied_head
 from mpoe.models.families import FoundEmbedding, FoundFeedForward, find_attention, find_embedding, find_feed_forwards
 from mpoe.models.inspect import is_upcycled
-from mpoe.models.matrices import empty_mpo
+from mpoe.models.matrices import empty_mpo, set_compute
 from mpoe.models.router_loss import add_router_loss_hook
 from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
 
@@ -108,6 +108,7 @@ def _replace_others(model: PreTrainedModel, found: _Found, config: MPOEConfig, l
 
 def _mark(model: PreTrainedModel, config: MPOEConfig) -> None:
     model.config.quantization_config = config
+    set_compute(model, config)
     add_router_loss_hook(model)
 
 

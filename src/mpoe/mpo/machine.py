@@ -51,7 +51,8 @@ class Machine:
     Attributes:
         name: Of the device kind.
         flops: Of a large float32 matrix product, FLOP/s; a number that does not take 4 bytes counts in proportion.
-        thin: Elements of the smallest dimension at which a product reaches half of `flops`, >= 0.
+        thin: Rows, or inner elements, at which a product reaches half of `flops`, count, >= 0; few columns are as good
+            as many.
         bandwidth: Reading operands that are in the cache, B/s.
         memory_bandwidth: Reading operands that are not, B/s.
         cache_bytes: What the cache can hold of the operands, bytes.
@@ -81,13 +82,12 @@ class Machine:
             working_set: What else is read before the same operands come again, bytes.
         """
         rows, inner, columns = product.rows, product.inner, product.columns
-        thinnest = min(rows, inner, columns)
         # a matrix times one vector only waits for the matrix
-        arithmetic = product.flops * (1 + self.thin / thinnest) * dtype_bytes / 4 / self.flops if thinnest > 1 else 0.0
+        flops = product.flops if min(rows, inner, columns) > 1 else 0
         read = dtype_bytes * inner * (rows + columns)
         hits = min(1.0, self.cache_bytes / max(read, working_set, 1))
         return (
-            arithmetic
+            flops * (1 + self.thin / max(1, min(rows, inner))) * dtype_bytes / 4 / self.flops
             + read * (hits / self.bandwidth + (1 - hits) / self.memory_bandwidth)
             + self.fresh_seconds(dtype_bytes * rows * columns)
             + (self.reorder_seconds(product.copied, dtype_bytes) if product.copied else 0.0)
@@ -105,10 +105,10 @@ class Machine:
 
 CPU = Machine(
     name="cpu",
-    flops=190e9,
+    flops=200e9,
     thin=3.0,
     bandwidth=75e9,
-    memory_bandwidth=12e9,
+    memory_bandwidth=20e9,
     cache_bytes=16e6,
     fresh_bandwidth=4e9,
     fresh_bytes=2.0**25,

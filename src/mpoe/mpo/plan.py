@@ -218,7 +218,10 @@ def _plan(
 
 
 class _Layer:
-    """The costs of one matrix of a layer; arguments as in `plan`."""
+    """The costs of one matrix of a layer; arguments as in `plan`.
+
+    The number of calls beside the products themselves is fitted to the times of small layers on a CPU.
+    """
 
     def __init__(
         self,
@@ -244,9 +247,10 @@ class _Layer:
 
     def cached(self) -> Cost:
         """One dense product per expert, with matrices that together seldom fit the processor's cache."""
-        product = Product(self.rows, self.dims.in_features, self.dims.out_features)
+        product = Product(self.dims.out_features, self.dims.in_features, self.rows)
         memory = self.num_experts * self.matrix_bytes
-        return self._cost([(self.active, product)], memory=memory, working_set=self.active * self.matrix_bytes)
+        working_set, calls = self.active * self.matrix_bytes, 10 + 3 * self.active
+        return self._cost([(self.active, product)], memory=memory, working_set=working_set, calls=calls)
 
     def rebuild(self) -> Cost:
         """As `mpoe.nn.rebuild` does it: both arms merged, the central tensor between them, reordered to a matrix."""
@@ -263,9 +267,10 @@ class _Layer:
         steps = [*out, *arms, dense] + [*out, *out, *out, *arms, *arms, dense, dense] * self.needs_grad
         return self._cost(
             [(self.active, step) for step in steps],
-            reordered=[(self.active, size)] * (3 if self.needs_grad else 1),
+            reordered=[(self.active, size)] * (3 if self.needs_grad else 1)
+            + [(2 * self.active, sum(self._auxiliary()))],
             memory=3 * self.matrix_bytes,
-            calls=(3 * len(self.dims.auxiliary) + 5 + 2 * self.active) * (3 if self.needs_grad else 1),
+            calls=(5 * len(self.dims.auxiliary) + 25 + 4 * self.active) * (4 if self.needs_grad else 1),
         )
 
     def apply(self) -> Cost:
@@ -278,8 +283,7 @@ class _Layer:
         passes = 3 if self.needs_grad else 1
         results = [step.rows * step.columns for step in steps[:-1]]
         kept = self.active * sum(results) if self.needs_grad else max(results, default=0)
-        # a step is more than one call, and the experts' own tensors are put together before the first
-        calls = self.active * passes * (2 * len(steps) + 3 * len(self.dims.auxiliary) + 4)
+        calls = self.active * passes * (2 * len(steps) + 3 * len(self.dims.auxiliary) + 10)
         return self._cost([(self.active * passes, step) for step in steps], memory=size * kept, calls=calls)
 
     def _apply_separable(self) -> Cost:
@@ -289,11 +293,12 @@ class _Layer:
         right = [] if b * q == 1 else [(A, Product(n * i, q, b))]
         left = [] if p * a == 1 else [(A, Product(p, a, n * o))]
         panels = max(1.0, N / PANEL_ROWS)
-        central = [(panels, Product(N / panels, i * b, a * o))]
+        central = [(panels, Product(a * o, i * b, N / panels))]
         steps = right + central + left
-        calls = 5 + A * (bool(right) + bool(left))  # a step is more than one call
+        ends = A * (bool(right) + bool(left))
+        calls = 13 + 1.5 * ends
         if self.needs_grad:
-            steps, calls = steps * 3 + right, calls * 3
+            steps, calls = steps * 3 + right, 29 + 4 * ends
         kept = N * a * o if self.needs_grad else min(N, PANEL_ROWS) * (a * o + i * b)
         turned = [(A, n * p * o)] * (2 if self.needs_grad else 1) if left else []
         return self._cost(steps, reordered=turned, memory=self.dtype_bytes * kept, calls=calls)
@@ -302,6 +307,26 @@ class _Layer:
         dims, c = self.dims, self.dims.central
         p, q = (math.prod(dims.out_dims[arm] + dims.in_dims[arm]) for arm in (slice(0, c), slice(c + 1, None)))
         return p, self.bonds[c], dims.out_dims[c], dims.in_dims[c], self.bonds[c + 1], q
+
+    def _auxiliary(self) -> list[int]:
+        """Elements of the tensor of one expert at each auxiliary site."""
+        bonds, dims = self.bonds, self.dims
+        return [bonds[k] * dims.out_dims[k] * dims.in_dims[k] * bonds[k + 1] for k in dims.auxiliary]
+
+    def _result_seconds(self, memory: Count) -> float:
+        """The time for results that several products write parts of, beside the products' own: to take memory for them.
+
+        With gradients these are, beside y, what is kept for them, dx, and the gradients of all experts' auxiliary
+        tensors, those without tokens too, which are zero at first.
+        """
+        machine, size, dims = self.machine, self.dtype_bytes, self.dims
+        seconds = machine.fresh_seconds(self.tokens * dims.out_features * size)
+        if not self.needs_grad:
+            return seconds
+        counts = [self.num_experts * count for count in self._auxiliary()]
+        results = [memory, self.tokens * dims.in_features * size, *(count * size for count in counts)]
+        zeros = (machine.reorder_seconds(count, size) for count in counts)
+        return seconds + sum(map(machine.fresh_seconds, results)) + sum(zeros)
 
     def _arms(self) -> list[Product]:
         """The products that merge the arms of one expert."""
@@ -323,15 +348,13 @@ class _Layer:
         calls: Count = 0,
         is_in_parts: bool = True,
     ) -> Cost:
-        """The sum over steps and over elements put in another order, each so many times, of calls, and of writing y."""
+        """The sum over steps and over elements put in another order, each so many times, of calls, and of results."""
         machine, size = self.machine, self.dtype_bytes
-        # one product takes the memory that it writes to; several write parts of y into memory taken for all of it
-        y_bytes = self.tokens * self.dims.out_features * size if is_in_parts else 0
         return Cost(
             seconds=sum(times * machine.seconds(step, size, working_set) for times, step in steps)
             + sum(times * machine.reorder_seconds(elements, size) for times, elements in reordered)
             + calls * machine.overhead
-            + machine.fresh_seconds(y_bytes),
+            + (self._result_seconds(memory) if is_in_parts else 0.0),
             flops=sum(times * step.flops for times, step in steps),
             bytes_moved=sum(times * size * step.elements for times, step in steps)
             + sum(times * size * 2 * elements for times, elements in reordered),

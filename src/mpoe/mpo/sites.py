@@ -130,6 +130,7 @@ def site_dims(
     num_sites: int | None = None,
     layout: str = "balanced",
     max_auxiliary_bond: int | None = None,
+    auxiliary_sides: str = "both",
 ) -> SiteDims:
     """Site dimensions for a matrix of any size.
 
@@ -142,6 +143,8 @@ def site_dims(
         max_auxiliary_bond: Cap on the full bonds on both sides of the central tensor, count, >= 1: how large the
             auxiliary tensors may be (an end of the separable layout has the square of its bond). None is the size of
             the paper's shapes.
+        auxiliary_sides: "both", or of the separable layout "narrow": only the narrow side of the matrix is cut, the
+            end on its wide side has one dimension.
 
     Returns:
         SiteDims. Sizes without useful divisors (primes) are padded by at most 1/16; sites that would be left with
@@ -155,10 +158,14 @@ def site_dims(
             raise ValueError(f"{name} must be >= 1; got {value}")
     if max_auxiliary_bond is not None and max_auxiliary_bond < 1:
         raise ValueError(f"max_auxiliary_bond must be >= 1; got {max_auxiliary_bond}")
+    if auxiliary_sides not in ("both", "narrow") or (auxiliary_sides == "narrow" and layout != "separable"):
+        raise ValueError(
+            f"auxiliary_sides must be 'both', or 'narrow' if layout is 'separable'; got {auxiliary_sides!r}, {layout!r}"
+        )
     if layout == "separable":
         if num_sites not in (None, 3):
             raise ValueError(f"the separable layout has 3 sites; got num_sites = {num_sites}; leave it out or say 3")
-        return _separable(out_features, in_features, max_auxiliary_bond)
+        return _separable(out_features, in_features, max_auxiliary_bond, auxiliary_sides == "narrow")
     if layout != "balanced":
         raise ValueError(f"layout must be 'balanced' or 'separable'; got {layout!r}")
     num_sites = 5 if num_sites is None else num_sites
@@ -167,7 +174,7 @@ def site_dims(
     return _balanced(out_features, in_features, num_sites, max_auxiliary_bond)
 
 
-def _separable(out_features: int, in_features: int, max_bond: int | None) -> SiteDims:
+def _separable(out_features: int, in_features: int, max_bond: int | None, narrow_only: bool) -> SiteDims:
     # A quarter of the narrow side at the end on the wide side, and half of it at the narrow end: 192 and 384 for
     # T5-base, the bonds of the paper's shape, and 1.375 times the dense FLOPs. An end larger than the rest of the chain
     # would be wider than the full bond.
@@ -175,10 +182,13 @@ def _separable(out_features: int, in_features: int, max_bond: int | None) -> Sit
     limit = min(max_bond or narrow, math.isqrt(out_features * in_features))
     target_out = narrow // (2 if out_features < in_features else 4)
     target_in = narrow // (2 if in_features < out_features else 4)
+    if narrow_only:
+        target_out, target_in = (target_out, 1) if out_features < in_features else (1, target_in)
     out_end, out_inner = _cut(out_features, min(limit, target_out or 1))
     in_end, in_inner = _cut(in_features, min(limit, target_in or 1))
     notes = [_padding_note(out_features, out_end * out_inner, in_features, in_end * in_inner)]
-    bare = [side for side, end in (("output", out_end), ("input", in_end)) if end == 1]
+    wanted = (("output", out_end, target_out), ("input", in_end, target_in))
+    bare = [side for side, end, target in wanted if end == 1 and not (narrow_only and target == 1)]
     if bare:
         notes.append(f"the {' and '.join(bare)} end has one dimension: the size is too small or has no useful divisor")
     dims = (out_end, out_inner, 1), (1, in_inner, in_end)

@@ -1,19 +1,23 @@
 """Layers of a mixture: torch only, no Transformers."""
 
+from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts, per_token
 from mpoe.nn.feed_forward import MoEFeedForward
 from mpoe.nn.linear import MPOEmbedding, MPOLinear, MPOTiedHead, refer
+from mpoe.nn.matrix_cache import MatrixCache
 from mpoe.nn.router import RouterOutput, TopKRouter, load_balancing_loss, router_z_loss
 from mpoe.nn.usage import RouterStatistics, RouterUsage
 
 __all__ = [
+    "Accumulation",
     "DenseExperts",
     "Dispatch",
     "MPOEmbedding",
     "MPOExperts",
     "MPOLinear",
     "MPOTiedHead",
+    "MatrixCache",
     "MoEFeedForward",
     "RouterOutput",
     "RouterStatistics",

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,6 @@ from mpoe.nn.rebuild import Rebuild, multiply_out, rebuilt_linear
 
 
 @runtime_checkable
-@runtime_checkable
 class Rebuilt(Protocol):
     """A layer whose matrices are multiplied out: `MPOExperts`."""
 
@@ -40,7 +39,12 @@ class Rebuilt(Protocol):
         ...
 
     def site_stacks(self, experts: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
-        """The central tensor, and the given experts' tensors of every auxiliary site, stacked; differentiable."""
+        """The central tensor, and of every auxiliary site the given experts' tensors, stacked; differentiable.
+
+        Args:
+            experts: Indices, ascending.
+            dtype: Of the results.
+        """
         ...
 
 
@@ -60,7 +64,7 @@ class Accumulation:
 
     Within a step every expert that gets tokens keeps W_e and its gradient; at the end of the step the gradients go to
     the parameters. The result is that of plain accumulation. It costs memory: twice the size of a dense model with as
-    many experts.
+    many experts. Copies of the model take no part.
 
     With DistributedDataParallel gradients must reach the parameters in the last micro-batch's backward pass, where
     ranks exchange them: say which one is the last, as in `step(lambda: accelerator.sync_gradients)`. Not for parameters
@@ -85,6 +89,7 @@ class Accumulation:
             )
         for layer in layers:
             layer.accumulation = self
+        self._members = weakref.WeakSet(layers)
         self._reset()
 
     @property
@@ -151,7 +156,7 @@ class Accumulation:
         for owner, held in self._layers.items():
             if not held.gradients:
                 continue
-            layer, experts = cast(Rebuilt, owner), list(held.gradients)
+            layer, experts = cast(Rebuilt, owner), sorted(held.gradients)
             held.check(layer)
             with torch.enable_grad():
                 central, auxiliary = layer.site_stacks(experts, held.dtype)
@@ -188,19 +193,20 @@ class Accumulation:
             return rebuilt_linear(x, [counts[e] for e in active], *layer.site_stacks(active, x.dtype), layer.dims)
         held.check(layer)
         if missing := [e for e in active if e not in held.matrices]:
-            matrices = multiply_out(*layer.site_stacks(missing, x.dtype), layer.dims)
-            held.matrices.update(zip(missing, matrices, strict=True))
+            with torch.no_grad():
+                stacks = layer.site_stacks(missing, x.dtype)
+            held.matrices.update(zip(missing, multiply_out(*stacks, layer.dims), strict=True))
         # Without experts to push back to, any parameter will do: the graph must lead somewhere for a backward to come.
         experts, sites = [], [t for t in layer.sources() if t.requires_grad][:1]
         if sites and self._is_last is not None and self._is_last():
-            experts = list(held.matrices)
+            # all of them, because gradient checkpointing wants the same operations when it runs this again
+            experts = list(range(layer.num_experts))
             central, auxiliary = layer.site_stacks(experts, x.dtype)
             sites = [central, *auxiliary]
         return _HeldLinear.apply(x, list(counts), layer.dims, held, experts, *sites)  # pyright: ignore[reportReturnType]
 
     def __reduce__(self) -> Any:
-        # Copies and pickles of a model share an accumulation that has not begun.
-        return _of_a_copy, (self.limit_bytes,)
+        return type(None), ()  # copies and pickles of a layer have none
 
     def _reset(self) -> None:
         self._layers: weakref.WeakKeyDictionary[nn.Module, _Held] = weakref.WeakKeyDictionary()
@@ -209,8 +215,10 @@ class Accumulation:
         self._reserved = 0
 
     def _held(self, layer: Rebuilt, dtype: torch.dtype) -> _Held | None:
-        """What the layer keeps in this step; None if it has no room, or keeps matrices of another dtype."""
+        """What the layer keeps in this step; None if it has no room, keeps another dtype, or is a short-lived copy."""
         owner, dims = cast(nn.Module, layer), layer.dims
+        if owner not in self._members:
+            return None
         if owner not in self._layers:
             gradient_dtype = layer.sources()[0].dtype
             element_bytes = dtype.itemsize + gradient_dtype.itemsize
@@ -309,10 +317,3 @@ class _HeldLinear(torch.autograd.Function):
         if ctx.experts:
             gradients = ctx.held.push_back(ctx.experts, ctx.dims, ctx.sites, needs_sites)
         return dx if needs_x else None, None, None, None, None, *gradients
-
-
-def _of_a_copy(limit_bytes: int | None) -> Accumulation:
-    copy = Accumulation.__new__(Accumulation)
-    copy.limit_bytes = limit_bytes
-    copy._reset()
-    return copy

@@ -9,7 +9,6 @@ and input dimensions; p, q the dimensions at the output end and the input end.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from mpoe.mpo import MPO, SiteDims, decompose, machine_of, plan
 from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.autocast import compute_dtype, without_autocast
-from mpoe.nn.grouped import Counts, blockwise, linear, linear_per_expert, rows_of_experts
+from mpoe.nn.grouped import Counts, active, blockwise, linear, linear_per_expert, rows_of_experts
 from mpoe.nn.matrix_cache import MatrixCache
 from mpoe.nn.rebuild import multiply_out, rebuilt_linear
 from mpoe.nn.separable import End, separable_product
@@ -102,10 +101,10 @@ class MPOExperts(nn.Module):
         """
         operator = decompose(matrix, self.dims, self.max_bond_dim, self.gauge)
         self.central.copy_(operator.central)
-        central_rms = operator.central.double().square().mean().sqrt().item() or 1.0
+        central_rms = _rms(operator.central) or 1.0
         for n, (k, is_unit) in enumerate(zip(self.dims.auxiliary, self._unit_starts, strict=True)):
             start = operator.sites[k]
-            self.scales[n] = self.offset_scale * start.double().square().mean().sqrt().item() / central_rms
+            self.scales[n] = self.offset_scale * _rms(start) / central_rms
             self.offsets[n].zero_()
             if not is_unit:
                 self.get_buffer(f"start_{k}").copy_(start)
@@ -120,7 +119,7 @@ class MPOExperts(nn.Module):
             generator: A CPU generator, so that every device draws the same.
         """
         for n, offset in enumerate(self.offsets):
-            std = relative_std * self._start(n).double().square().mean().sqrt().item() / self.scales[n].item()
+            std = relative_std * _rms(self._start(n)) / self.scales[n].item()
             offset.add_(torch.randn(offset.shape, generator=generator).to(offset) * std)
 
     def expert(self, index: int) -> MPO:
@@ -163,11 +162,11 @@ class MPOExperts(nn.Module):
         if way == "rebuild":
             return self._rebuild(x, counts, needs_grad)
         if way == "cached":
-            matrices = {e: self.matrix(e, x.dtype) for e, count in enumerate(counts) if count}
-            return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]), self.dims.out_features)
+            matrices = {e: self.matrix(e, x.dtype) for e in active(counts)}
+            return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]))
         if self.is_separable:
             return self._apply_separable(x, counts)
-        return blockwise(x, counts, lambda rows, e: self.expert(e).apply(rows), self.dims.out_features)
+        return self._apply_in_turn(x, counts)
 
     def _choose(self, x: Tensor, counts: Sequence[int], way: str | None, needs_grad: bool) -> str:
         if way is not None:
@@ -191,8 +190,16 @@ class MPOExperts(nn.Module):
     def _rebuild(self, x: Tensor, counts: Sequence[int], needs_grad: bool) -> Tensor:
         if needs_grad and self.accumulation is not None and self.accumulation.is_active:
             return self.accumulation.linear(self, x, counts)
-        active = [e for e, count in enumerate(counts) if count] or [0]
-        return rebuilt_linear(x, [counts[e] for e in active], *self.site_stacks(active, x.dtype), self.dims)
+        experts = active(counts)
+        return rebuilt_linear(x, [counts[e] for e in experts], *self.site_stacks(experts, x.dtype), self.dims)
+
+    def _apply_in_turn(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        experts = active(counts)
+        central, stacks = self.site_stacks(experts, x.dtype)
+        sites = [stack.unbind(0) for stack in stacks]
+        sites.insert(self.dims.central, (central,) * len(experts))
+        operators = {e: MPO(tuple(site[n] for site in sites), self.dims) for n, e in enumerate(experts)}
+        return blockwise(x, counts, lambda rows, e: operators[e].apply(rows))
 
     def _apply_separable(self, x: Tensor, counts: Counts) -> Tensor:
         if padding := self.dims.padded_in - self.dims.in_features:  # even a padding of nothing makes a copy
@@ -227,25 +234,29 @@ class MPOExperts(nn.Module):
         stacks = []
         for n, offset in enumerate(self.offsets):
             if len(experts) < self.num_experts:
-                offset = offset.index_select(0, torch.tensor(experts, device=offset.device))
+                offset = offset.index_select(0, torch.tensor(experts, dtype=torch.long, device=offset.device))
             stacks.append((self._start(n) + self.scales[n] * offset).to(dtype))
         return self.central.to(dtype), stacks
 
     def _ends(self, dtype: torch.dtype) -> tuple[End | None, End | None]:
         """The ends at the inputs and the outputs; one that has a single dimension is a factor of the other."""
-        right, left = self._end(1, dtype), self._end(0, dtype)
-        if right.offsets[0].numel() == 1:
-            return None, dataclasses.replace(left, factors=_as_factors(right))
-        if left.offsets[0].numel() == 1:
-            return dataclasses.replace(right, factors=_as_factors(left)), None
-        return right, left
+        if self.offsets[1][0].numel() == 1:
+            return None, self._end(0, dtype, self._as_factors(1, dtype))
+        if self.offsets[0][0].numel() == 1:
+            return self._end(1, dtype, self._as_factors(0, dtype)), None
+        return self._end(1, dtype), self._end(0, dtype)
 
-    def _end(self, n: int, dtype: torch.dtype) -> End:
+    def _end(self, n: int, dtype: torch.dtype, factors: Tensor | None = None) -> End:
         offsets = self.offsets[n]
         # an end is a matrix from its bond to its outputs, or from its inputs to its bond
         shape = (offsets.shape[2], offsets.shape[4]) if n == 0 else (offsets.shape[1], offsets.shape[3])
         start = None if self._unit_starts[n] else self._start(n).to(dtype).view(shape)
-        return End(offsets.to(dtype).view(-1, *shape), None, start, self.scales[n].to(dtype))
+        return End(offsets.to(dtype).view(-1, *shape), factors, start, self.scales[n].to(dtype))
+
+    def _as_factors(self, n: int, dtype: torch.dtype) -> Tensor:
+        """What an end of one dimension multiplies each expert's tokens with."""
+        start = 1 if self._unit_starts[n] else self._start(n).view(1)
+        return (start + self.scales[n] * self.offsets[n].flatten()).to(dtype)
 
     def _start(self, n: int) -> Tensor:
         """What the n-th auxiliary tensor of every expert starts as, (d_{k-1}, o_k, i_k, d_k)."""
@@ -291,7 +302,7 @@ class DenseExperts(nn.Module):
     @torch.no_grad()
     def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
         """Normal noise on every expert; arguments as in `MPOExperts.add_noise`."""
-        std = relative_std * self.weight.double().square().mean().sqrt().item()
+        std = relative_std * _rms(self.weight)
         self.weight.add_(torch.randn(self.weight.shape, generator=generator).to(self.weight) * std)
 
     def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
@@ -323,6 +334,11 @@ def per_token(
     return y + torch.stack([experts.bias[min(e, len(experts.bias) - 1)] for e in expert_of_token])
 
 
+def _rms(tensor: Tensor) -> float:
+    """Root mean square; the sum in float64, or it loses four digits for a large matrix."""
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item() / tensor.numel() ** 0.5
+
+
 def _empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:
     return None if kind == "none" else nn.Parameter(torch.empty(num_experts if kind == "expert" else 1, out_features))
 
@@ -338,12 +354,6 @@ def _add_bias(y: Tensor, bias: nn.Parameter | None, counts: Counts) -> Tensor:
     if len(bias) == 1:
         return y + bias.to(y.dtype)
     return y + rows_of_experts(bias, counts, len(y)).to(y.dtype)
-
-
-def _as_factors(end: End) -> Tensor:
-    """What an end of one dimension multiplies each expert's tokens with."""
-    start = 1 if end.start is None else end.start.view(1)
-    return start + end.scale * end.offsets.flatten()
 
 
 def _is_square(shape: tuple[int, int, int, int], is_left: bool) -> bool:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-FEW_ROWS = 64
+FEW_ROWS = 192
 
 Counts = Sequence[int] | Int[Tensor, " E"]
 """Rows of every expert: a list where the host may know them, a tensor on the device where it may not."""
@@ -39,27 +39,36 @@ def linear_per_expert(x: Float[Tensor, "N k"], counts: Counts, weight: Float[Ten
     if not isinstance(counts, Tensor):
         # unbind: indexing a stacked parameter in a loop has a backward that fills the whole stack every time
         matrices = weight.unbind(0)
-        return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]), weight.shape[1])
+        return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]))
     if _has_kernel(x, weight):
         return nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     return _grouped_linear(x, counts, weight)
 
 
+def active(counts: Sequence[int]) -> list[int]:
+    """The experts that have rows, or, if there are none at all, the first: a result needs a graph all the same.
+
+    Args:
+        counts: Rows of every expert.
+    """
+    return [e for e, count in enumerate(counts) if count] or [0]
+
+
 def blockwise(
-    x: Float[Tensor, "N k"], counts: Sequence[int], of_expert: Callable[[Tensor, int], Tensor], num_outputs: int
+    x: Float[Tensor, "N k"], counts: Sequence[int], of_expert: Callable[[Tensor, int], Tensor]
 ) -> Float[Tensor, "N l"]:
     """Each expert's rows through that expert's function.
 
     Args:
         x: Rows, sorted by expert.
         counts: Rows of every expert.
-        of_expert: From an expert's rows and its index to its rows of the result; not called without rows.
-        num_outputs: l.
+        of_expert: From an expert's rows and its index to its rows of the result. Called for those that have rows, or,
+            if there are none at all, for the first.
     """
     blocks = [of_expert(rows, e) for e, rows in enumerate(x.split(list(counts))) if len(rows)]
-    if len(blocks) < 2:
-        return blocks[0] if blocks else x @ x.new_zeros(x.shape[1], num_outputs)  # with a graph, as any other result
-    return torch.cat(blocks)
+    if len(blocks) > 1:
+        return torch.cat(blocks)
+    return blocks[0] if blocks else of_expert(x, 0)
 
 
 def linear(x: Float[Tensor, "N k"], weight: Float[Tensor, "l k"]) -> Float[Tensor, "N l"]:

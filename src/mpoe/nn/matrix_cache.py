@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class TensorState:
     """What some tensors were at a moment, without keeping them alive.
 
-    Every in-place change of a tensor raises its version, except for one through `.data`, which nothing can see.
+    Every in-place operation raises a tensor's version, with two exceptions. Fused optimizers leave it alone, so every
+    optimizer's step counts as a change of its parameters. What goes through `.data` cannot be seen.
 
     Args:
         tensors: Any; one that was made in inference mode has no version, and counts as changed at once.
@@ -26,6 +30,9 @@ class TensorState:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # a weak reference, because freed memory may be given to another tensor
         self._states = [(t.data_ptr(), _version(t), StorageWeakRef(t.untyped_storage())) for t in tensors]
+        self._has_stepped = False
+        _watch_optimizers()
+        _not_stepped.add(self)
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and unchanged.
@@ -33,18 +40,46 @@ class TensorState:
         Args:
             tensors: In the same order.
         """
-        return len(tensors) == len(self._states) and all(
-            t.data_ptr() == address and version is not None and _version(t) == version and not storage.expired()
-            for t, (address, version, storage) in zip(tensors, self._states, strict=True)
+        return (
+            not self._has_stepped
+            and len(tensors) == len(self._states)
+            and all(
+                t.data_ptr() == address and version is not None and _version(t) == version and not storage.expired()
+                for t, (address, version, storage) in zip(tensors, self._states, strict=True)
+            )
         )
+
+    def step(self, moved: set[int]) -> None:
+        """An optimizer has stepped.
+
+        Args:
+            moved: The addresses of its parameters.
+        """
+        if any(address in moved for address, _, _ in self._states):
+            self._has_stepped = True
+            _not_stepped.discard(self)
+
+
+_not_stepped: weakref.WeakSet[TensorState] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        states = list(_not_stepped)
+        moved = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]} if states else set()
+        for state in states:
+            state.step(moved)
+
+    register_optimizer_step_post_hook(after_step)
 
 
 class MatrixCache:
     """Dense matrices of any number of layers, the least recently used ones dropped first.
 
     For evaluation only, because a matrix comes without a graph to the parameters. It is multiplied out again after any
-    change that the parameters' versions show: an optimizer's step, an in-place change, `load_state_dict`, another
-    tensor, dtype or device. A change through `.data` does not show; call `clear` after one.
+    change that shows (see `TensorState`): an optimizer's step, an in-place change, `load_state_dict`, another tensor,
+    dtype or device. A change through `.data` does not show; call `clear` after one.
 
     Copies and pickles of a cache are empty, with the same limit; layers that share a cache share its copy when they are
     copied together.

@@ -82,11 +82,11 @@ def _grouped_product(x: Tensor, counts: Tensor, central: Tensor, right: End | No
     """
     a, o, i, b = central.shape
     n = len(x)
-    z = x if right is None else _grouped_end(right, x.view(n * i, -1), counts * i).view(n, i * b)
+    z = x if right is None else _grouped_end(right, x.reshape(n * i, -1), counts * i).view(n, i * b)
     if left is None:
         return linear(z, central.reshape(a * o, i * b))
     u_noa = linear(z, central.transpose(0, 1).reshape(o * a, i * b))
-    y_nop = _grouped_end(left, u_noa.view(n * o, a), counts * o).view(n, o, -1)
+    y_nop = _grouped_end(left, u_noa.reshape(n * o, a), counts * o).view(n, o, -1)
     return y_nop.transpose(1, 2).reshape(n, -1)
 
 
@@ -285,10 +285,11 @@ class _EndSum:
         ends, d_matrix = self.ends, self.total
         if not ends.has_factors:
             return d_matrix, None
-        of_start = d_matrix.diagonal(dim1=1, dim2=2) if ends.start is None else (d_matrix * ends.start).flatten(1)
-        d_factors = of_start.sum(dim=1) + ends.scale * (d_matrix * ends.offsets).flatten(1).sum(dim=1)
+        wide = d_matrix.to(torch.promote_types(d_matrix.dtype, torch.float32))  # long sums follow
+        of_start = wide.diagonal(dim1=1, dim2=2) if ends.start is None else (wide * ends.start).flatten(1)
+        d_factors = of_start.sum(dim=1) + ends.scale * (wide * ends.offsets).flatten(1).sum(dim=1)
         factors = torch.tensor(ends.factors, dtype=d_matrix.dtype, device=d_matrix.device)
-        return d_matrix.mul_(ends.scale * factors[:, None, None]), d_factors
+        return d_matrix.mul_(ends.scale * factors[:, None, None]), d_factors.to(d_matrix.dtype)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

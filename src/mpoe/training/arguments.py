@@ -92,6 +92,10 @@ class MixtureArguments:
     max_auxiliary_bond: int | None = field(
         default=None, metadata={"help": "Cap on the full bonds beside the central tensor: smaller auxiliaries."}
     )
+    auxiliary_sides: Literal["both", "narrow"] = field(
+        default="both",
+        metadata={"help": "separable: auxiliaries on both sides of a matrix, or on its narrow side only (faster)."},
+    )
     site_dims: str | None = field(
         default=None,
         metadata={"help": 'Site dimensions by shape, JSON: {"3072x768": [[192,16,1], [1,2,384]]}.'},
@@ -154,6 +158,17 @@ class MixtureArguments:
     router_z_loss_coef: float = field(
         default=MPOEConfig.router_z_loss_coef, metadata={"help": "Weight of the routers' z-loss."}
     )
+    compute: Literal["auto", "apply", "rebuild", "cached"] = field(
+        default="auto",
+        metadata={
+            "help": "How products with MPOs are computed: auto is the cheapest way (see mpoe inspect --plan), apply "
+            "multiplies no matrix out, rebuild always, cached keeps the matrices in evaluation."
+        },
+    )
+    matrix_cache_gib: float = field(
+        default=MPOEConfig.matrix_cache_gib,
+        metadata={"help": "Memory for matrices kept multiplied out in evaluation, GiB, for the whole model."},
+    )
 
     def mpoe_config(
         self, num_experts: int, seed: int = 0, default_stacks: tuple[str, ...] | None = None
@@ -176,6 +191,7 @@ class MixtureArguments:
             layout=self.layout,
             num_sites=self.num_sites,
             max_auxiliary_bond=self.max_auxiliary_bond,
+            auxiliary_sides=self.auxiliary_sides,
             max_bond_dim=_bond(self.linear_trunc),
             word_embed_bond_dim=_bond(self.emb_trunc),
             attention_bond_dim=_bond(self.attention_trunc),
@@ -195,6 +211,8 @@ class MixtureArguments:
             router_jitter=self.router_jitter,
             load_balancing_coef=self.load_balancing_coef,
             router_z_loss_coef=self.router_z_loss_coef,
+            compute=self.compute,
+            matrix_cache_gib=self.matrix_cache_gib,
             seed=seed,
         )
         if config.is_mixture:
