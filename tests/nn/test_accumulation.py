@@ -370,3 +370,15 @@ def test_replicas_that_live_for_one_pass_send_their_gradients_at_once():
 def test_a_model_without_such_layers():
     with pytest.raises(ValueError, match="layout='balanced'"):
         Accumulation(nn.Linear(2, 3))
+
+
+def test_several_processes_must_know_the_last_micro_batch(monkeypatch):
+    net, batches = Net(), make_batches()
+    expected = plain_gradients(net, batches)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    accumulation, last = Accumulation(net), Last(batches)
+    with pytest.raises(ValueError, match="is_last must be given"):
+        accumulation.begin()
+    with accumulation.step(last):
+        backward(net, last)
+    assert_same(taken_gradients(net, batches), expected)

@@ -130,11 +130,18 @@ class Accumulation:
 
         Raises:
             RuntimeError: The last step has gradients that did not reach the parameters.
+            ValueError: Several processes train, and none is told which micro-batch is the last.
         """
         if self.pending:
             raise RuntimeError(
                 "the gradients of a step must reach the parameters before the next step begins; some did not: call "
                 "end() or flush() after the last micro-batch, or clear() to drop them"
+            )
+        if is_last is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ValueError(
+                "is_last must be given where several processes train, because they exchange gradients in the last "
+                "micro-batch's backward pass; got None: pass a function that says whether no micro-batch follows, such "
+                "as `lambda: accelerator.sync_gradients`"
             )
         self.clear()
         self._is_last = is_last

@@ -48,7 +48,8 @@ class Dispatch:
         if route.kept is not None:
             index = index.masked_fill(~route.kept, last)
             counts = torch.cat([counts[:-1], index.numel() - counts[:-1].sum(0, keepdim=True)])
-        return cls(torch.argsort(index.flatten(), stable=True), counts, top_k, route.kept)
+        # what grouped products take, and a copy: the router's own may become the sum that `RouterUsage` adds to
+        return cls(torch.argsort(index.flatten(), stable=True), counts.to(torch.int32), top_k, route.kept)
 
     def dispatch(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "N D"]:
         """Tokens in the experts' order, once for each expert that they go to."""

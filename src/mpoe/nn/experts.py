@@ -171,8 +171,8 @@ class MPOExperts(nn.Module):
     def _choose(self, x: Tensor, counts: Sequence[int], way: str | None, needs_grad: bool) -> str:
         if way is not None:
             return way
-        if self.is_separable and self.cache is None and self.max_bond_dim is None:
-            return "apply"  # it is never worth multiplying out
+        if self.is_separable and needs_grad:
+            return "apply"  # multiplying out, with its backward, never pays
         if needs_grad and self.accumulation is not None and self.accumulation.is_active:
             return "rebuild"
         return plan(

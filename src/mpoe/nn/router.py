@@ -5,8 +5,7 @@ Shape letters: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +27,7 @@ class RouterOutput:
         logits: Of every expert.
         probabilities: Their softmax.
         dropped: Assignments that found their expert full, count.
+        tokens_per_expert: Tokens that every expert gets, count.
     """
 
     expert_index: Int[Tensor, "T K"]
@@ -36,11 +36,10 @@ class RouterOutput:
     logits: Float[Tensor, "T E"]
     probabilities: Float[Tensor, "T E"]
     dropped: Int[Tensor, ""]
+    tokens_per_expert: Int[Tensor, " E"] = field(init=False)
 
-    @cached_property
-    def tokens_per_expert(self) -> Int[Tensor, " E"]:
-        """Tokens that every expert gets, count."""
-        return _count(self.expert_index, self.logits.shape[1], self.kept)
+    def __post_init__(self) -> None:
+        self.tokens_per_expert = _count(self.expert_index, self.logits.shape[1], self.kept)
 
     @property
     def load_balancing_loss(self) -> Float[Tensor, ""]:

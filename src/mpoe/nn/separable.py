@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mpoe.nn.grouped import Counts, linear, linear_per_expert, rows_of_experts
+from mpoe.nn.grouped import Counts, linear, linear_columns, linear_per_expert, rows_of_experts
 from mpoe.nn.panels import Panel, panels, whole
 
 KEPT_BOND = 128  # from here on the backward takes R x from memory
@@ -164,7 +164,7 @@ def _product(
         z = _times_right(right, x, [panel], i)
         if kept is not None and _is_kept(right):
             kept.append(z)
-        u_aoN = torch.mm(c, z.T).view(a, o, panel.size)
+        u_aoN = linear_columns(z, c).view(a, o, panel.size)
         for expert, rows in panel.segments:
             u_ac = u_aoN[:, :, panel.within(rows)].reshape(a, -1)
             y[rows] = left.columns(expert, u_ac).view(left.size * o, -1).T

@@ -38,19 +38,23 @@ class RouterUsage:
     @classmethod
     def nothing(cls, num_experts: int, device: torch.device) -> RouterUsage:
         """Before the first forward."""
-        with torch.inference_mode(False), torch.device(device):  # or it could not be added to outside of that mode
-            count, total = torch.zeros((), dtype=torch.long), torch.zeros(())
-            counts, totals = torch.zeros(num_experts, dtype=torch.long), torch.zeros(num_experts)
-            return cls(count, counts, count.clone(), totals, total)
+        with torch.inference_mode(False):  # or it could not be added to outside of that mode
+            return cls(
+                tokens=torch.zeros((), dtype=torch.long, device=device),
+                tokens_per_expert=torch.zeros(num_experts, dtype=torch.long, device=device),
+                dropped=torch.zeros((), dtype=torch.long, device=device),
+                probability=torch.zeros(num_experts, device=device),
+                entropy=torch.zeros((), device=device),
+            )
 
-    @torch.no_grad()
     def add(self, route: RouterOutput) -> None:
         """Add one forward."""
-        self.tokens.add_(len(route.probabilities))
+        probabilities = route.probabilities.detach()
+        self.tokens.add_(len(probabilities))
         self.tokens_per_expert.add_(route.tokens_per_expert)
         self.dropped.add_(route.dropped)
-        self.probability.add_(route.probabilities.sum(dim=0))
-        self.entropy.add_(torch.special.entr(route.probabilities).sum())
+        self.probability.add_(probabilities.sum(dim=0))
+        self.entropy.add_(torch.special.entr(probabilities).sum())
 
     def statistics(self) -> RouterStatistics:
         """Shares and means, as plain numbers."""
