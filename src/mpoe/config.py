@@ -80,7 +80,10 @@ class MPOEConfig:
             keeps them in evaluation. Says nothing about what the model is.
         matrix_cache_gib: Memory for matrices that are kept multiplied out in evaluation, for the whole model, GiB,
             >= 0. Only matrices that would be multiplied out in every forward are kept: not those of the separable
-            layout, unless `compute` is "cached".
+            layout, unless `compute` is "cached". As much again may be kept from one micro-batch to the next under
+            gradient accumulation.
+        matrix_save_gib: Memory for matrices that are kept from the forward to the backward pass, for the whole model,
+            GiB, >= 0; those that are not are multiplied out again.
         seed: Seed of the routers' initial weights and of the expert noise.
     """
 
@@ -116,6 +119,7 @@ class MPOEConfig:
     tied_head: bool | None = None
     compute: str = "auto"
     matrix_cache_gib: float = 2.0
+    matrix_save_gib: float = 0.0
     seed: int = 0
 
     quant_method: ClassVar[str] = "mpoe"
@@ -161,7 +165,10 @@ class MPOEConfig:
             value = getattr(self, name)
             optional = name != "offset_scale"
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
-        for name in ("expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib"):
+        for name in (
+            "expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib",
+            "matrix_save_gib",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
         _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)

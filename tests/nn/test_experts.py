@@ -36,6 +36,20 @@ def test_fast_paths_agree_with_the_plain_one(size, layout, gauge, max_bond_dim):
         assert_same_outputs_and_gradients(experts, counts, size[1])
 
 
+@pytest.mark.parametrize("max_bond_dim", [None, 3])
+@pytest.mark.parametrize("layout", ["separable", "balanced"])
+@pytest.mark.parametrize("way", ["apply", "rebuild", "cached"])
+def test_every_way_agrees_with_the_plain_one(way, layout, max_bond_dim):
+    experts = make_experts((31, 47), layout, "identity", max_bond_dim)
+    experts.way = way
+    for counts in COUNTS:
+        assert_same_outputs_and_gradients(experts, counts, 47)
+        x = torch.randn(sum(counts), 47, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(experts(x, counts), per_token(experts, x, counts))
+            torch.testing.assert_close(experts(x, torch.tensor(counts)), per_token(experts, x, counts))
+
+
 @pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),

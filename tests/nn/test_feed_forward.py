@@ -1,8 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from mpoe.mpo import site_dims
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
+from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter, panels
 
 
 def make_layer(experts="separable", gated=True, dropout=0.0, noise=0.2, bias="none", **routing):
@@ -119,3 +123,41 @@ def test_autocast_runs_and_is_close():
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+COMPILED = """
+import torch
+from test_feed_forward import make_layer
+
+for experts in ("separable", "balanced", "dense"):
+    for routing in ({}, {"top_k": 2}, {"top_k": 2, "capacity_factor": 0.5}):
+        torch._dynamo.reset()
+        layer = make_layer(experts, gated=False, **routing).float()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(2, 9, 24, requires_grad=True)
+        results = compiled(x), layer(x)
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        upstream = torch.randn(2, 9, 24)
+        leaves = [x, *layer.parameters()]
+        for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in results), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert layer.usage.tokens == 36
+"""
+
+
+def test_compiled_it_is_one_graph_and_the_same_function():
+    # in a process of its own: the type checker that the tests hang in would break the graph
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("experts", ["separable", "balanced", "dense"])
+def test_without_gradients_the_panels_go_through_in_turn(experts, monkeypatch):
+    layer = make_layer(experts)
+    x = torch.randn(40, 24, dtype=torch.float64)
+    expected = layer(x)
+    for name in ("MIN_ROWS", "ALONE_ROWS"):
+        monkeypatch.setattr(panels, name, 3)
+    with torch.no_grad():
+        assert len(panels.panels(layer.router(x).tokens_per_expert.tolist())) > 1
+        torch.testing.assert_close(layer(x), expected)

@@ -99,7 +99,7 @@ def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, aske
         return
     if config is None:
         raise ValueError("the model must be dense to be trained as a dense one; it has been upcycled before")
-    how = {"compute", "matrix_cache_gib"} & set(asked)  # says nothing about what the model is
+    how = {"compute", "matrix_cache_gib", "matrix_save_gib"} & set(asked)  # says nothing about what the model is
     for name in how:
         setattr(saved, name, getattr(config, name))
     set_compute(model, saved)

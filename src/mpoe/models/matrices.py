@@ -56,19 +56,22 @@ def empty_mpo(
 
 
 def set_compute(model: nn.Module, config: MPOEConfig) -> None:
-    """Tell the layers of a model how to compute their products, and give them a cache for evaluation.
+    """Tell the layers of a model how to compute their products, and what memory they may use for it.
 
     The cache goes to layers that would multiply their matrices out in every forward, in the model's order, as long as
     all of a layer's matrices find room. So it never drops what the next batch needs.
 
     Args:
         model: An upcycled model.
-        config: Its `compute` and `matrix_cache_gib`.
+        config: Its `compute`, `matrix_cache_gib` and `matrix_save_gib`.
     """
+    layers = mpo_experts(model).values()
+    num_rebuilt = sum(not experts.is_separable for experts in layers)
     cache = MatrixCache(int(config.matrix_cache_gib * 2**30))
     left = cache.limit_bytes
-    for experts in mpo_experts(model).values():
+    for experts in layers:
         experts.way = None if config.compute == "auto" else config.compute
+        experts.save_bytes = int(config.matrix_save_gib * 2**30) // max(num_rebuilt, 1)
         dims = experts.dims
         needed = experts.num_experts * dims.padded_out * dims.padded_in * experts.central.element_size()
         is_wanted = not experts.is_separable or config.compute == "cached"

@@ -46,6 +46,7 @@ class MPOExperts(nn.Module):
         scales: One number per auxiliary site.
         bias: (1 or E, out_features), or None.
         way: How to compute it, see `forward`.
+        save_bytes: What of matrices may be kept from forward to backward, bytes, see `rebuilt_linear`.
         cache: Where evaluation keeps matrices; None is nowhere.
         accumulation: Of micro-batches, see `Accumulation`; None is none.
 
@@ -72,6 +73,7 @@ class MPOExperts(nn.Module):
         self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
         self.bias = _empty_bias(bias, num_experts, dims.out_features)
         self.way: str | None = None
+        self.save_bytes = 0
         self.cache: MatrixCache | None = None
         self.accumulation: Accumulation | None = None
         self.scales: Tensor
@@ -191,7 +193,8 @@ class MPOExperts(nn.Module):
         if needs_grad and self.accumulation is not None and self.accumulation.is_active:
             return self.accumulation.linear(self, x, counts)
         experts = active(counts)
-        return rebuilt_linear(x, [counts[e] for e in experts], *self.site_stacks(experts, x.dtype), self.dims)
+        stacks = self.site_stacks(experts, x.dtype)
+        return rebuilt_linear(x, [counts[e] for e in experts], *stacks, self.dims, self.save_bytes)
 
     def _apply_in_turn(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         experts = active(counts)

@@ -167,7 +167,14 @@ class MixtureArguments:
     )
     matrix_cache_gib: float = field(
         default=MPOEConfig.matrix_cache_gib,
-        metadata={"help": "Memory for matrices kept multiplied out in evaluation, GiB, for the whole model."},
+        metadata={
+            "help": "Memory for matrices kept multiplied out in evaluation, and as much again under gradient "
+            "accumulation, GiB, for the whole model."
+        },
+    )
+    matrix_save_gib: float = field(
+        default=MPOEConfig.matrix_save_gib,
+        metadata={"help": "Memory for matrices kept from the forward to the backward pass, GiB, for the whole model."},
     )
 
     def mpoe_config(
@@ -213,6 +220,7 @@ class MixtureArguments:
             router_z_loss_coef=self.router_z_loss_coef,
             compute=self.compute,
             matrix_cache_gib=self.matrix_cache_gib,
+            matrix_save_gib=self.matrix_save_gib,
             seed=seed,
         )
         if config.is_mixture:

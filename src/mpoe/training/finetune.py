@@ -27,6 +27,7 @@ from mpoe.models import (
     from_pretrained,
     is_upcycled,
     load_tokenizer,
+    mpo_experts,
     mpoe_config,
     reset_usage,
     router_statistics,
@@ -34,7 +35,8 @@ from mpoe.models import (
     upcycle,
 )
 from mpoe.models.adapter import WEIGHTS_FILE
-from mpoe.nn import RouterStatistics
+from mpoe.nn import Accumulation, RouterStatistics
+from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import DataArguments, FinetuneTrainingArguments, ModelArguments, TrainableArguments
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
 from mpoe.training.optimizer import TrainedPart, optimizer_with_mpo_rate, trained_parts
@@ -243,6 +245,8 @@ def finetune(
     if trainable is not None and 0 < trainable.gradient_mask_prob < 1:
         mask = GradientMask(model, trainable.gradient_mask_prob, trainable.gradient_mask_level, args.seed)
         callbacks.append(GradientMaskCallback(mask))
+    if args.gradient_accumulation_steps > 1 and (accumulation := _accumulation(model)) is not None:
+        callbacks.append(AccumulationCallback(accumulation))
     train_rows = _training_set(train, args, data_args.temperature)
     folder.claim()  # only now: wrong input so far has written nothing
     use_cache = model.config.use_cache
@@ -297,6 +301,14 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def _accumulation(model: PreTrainedModel) -> Accumulation | None:
+    """For a model whose matrices are multiplied out: they are, once a step."""
+    config = mpoe_config(model)
+    if config is None or all(experts.is_separable for experts in mpo_experts(model).values()):
+        return None
+    return Accumulation(model, int(config.matrix_cache_gib * 2**30))
 
 
 def _training_set(train: Mapping[str, Any], args: FinetuneTrainingArguments, temperature: float) -> Any:
