@@ -32,16 +32,11 @@ SMALL: dict[str, Any] = {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers":
 TINY: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
 
 
-def layouts(D: int, F: int) -> dict[str, dict[str, Any]]:
-    """Config options of the layouts that are measured, by the names that the tables use.
-
-    "narrow" has its auxiliary tensors on the side of the model width alone, which is the cheaper one: they act on D
-    numbers of a token where the other side's act on F.
-    """
-    narrow = {f"{F}x{D}": [[1, F, 1], [1, 2, D // 2]], f"{D}x{F}": [[D // 2, 2, 1], [1, F, 1]]}
+def layouts() -> dict[str, dict[str, Any]]:
+    """Config options of the layouts that are measured, by the names that the tables use."""
     return {
         "separable": {},
-        "narrow": {"site_dims": narrow},
+        "narrow": {"auxiliary_sides": "narrow"},
         "ends of 64": {"max_auxiliary_bond": 64},
         "balanced": {"layout": "balanced"},
     }
@@ -55,9 +50,9 @@ def t5(sizes: dict[str, Any], dropout: float = 0.1) -> T5ForConditionalGeneratio
     return model
 
 
-def t5_mixtures(base: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def t5_mixtures() -> dict[str, dict[str, Any]]:
     """Config options of the mixtures of a T5 that are measured: whole experts, which is Switch, and our layouts."""
-    return {"Switch": {"mpo_layers": ()}, **layouts(base.config.d_model, base.config.d_ff)}
+    return {"Switch": {"mpo_layers": ()}, **layouts()}
 
 
 def mixture(base: PreTrainedModel, num_experts: int = 8, **options: Any) -> PreTrainedModel:
@@ -73,7 +68,7 @@ def t5_models(size: str, num_experts: int = 8) -> dict[str, PreTrainedModel]:
         num_experts: E, count.
     """
     base = t5(TINY if size == "tiny" else SMALL)
-    named = t5_mixtures(base)
+    named = t5_mixtures()
     return {"dense": base} | {
         name: mixture(copy.deepcopy(base), num_experts, **options) for name, options in named.items()
     }

@@ -35,6 +35,8 @@ from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_o
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mpoe.nn import MoEFeedForward, TopKRouter
+
 SIZES = {"full": ((64, 128), BASE), "short": ((64, 128), BASE), "tiny": ((32, 64),)}  # (D, F); the last one is timed
 CHECK_TOKENS = {"full": 512, "short": 512, "tiny": 40}
 DECODE_TOKENS = (1, 32)
@@ -207,29 +209,35 @@ def _expected(way: str, D: int, F: int, tokens: int) -> tuple[Tensor, Tensor, di
     Tokens whose experts are a matter of rounding are left out.
     """
     layer = _checked_layer(way, D, F)
+    router = _router(layer)
     x_TD = torch.randn(2 * tokens, D).bfloat16().double()
-    steps = -_probabilities(layer, x_TD).detach().sort(dim=-1, descending=True).values.diff(dim=-1)
-    margin = steps[:, : layer.router.top_k].amin(dim=-1)
+    steps = -_probabilities(router, x_TD).detach().sort(dim=-1, descending=True).values.diff(dim=-1)
+    margin = steps[:, : router.top_k].amin(dim=-1)
     x = x_TD[margin.argsort(descending=True)[:tokens]][None]
     dy = torch.randn(x.shape).bfloat16().double()
     return x, dy, _results(lambda x: _plain(layer, x[0])[None], layer, x, dy)
 
 
-def _probabilities(layer: nn.Module, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+def _router(layer: MoEFeedForward) -> TopKRouter:
+    assert layer.router is not None, "layers that are checked have several experts"
+    return layer.router
+
+
+def _probabilities(router: TopKRouter, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
     """The router's, by its definition."""
     mean_square = x_TD.square().mean(dim=-1, keepdim=True)
     unit = x_TD / (mean_square + torch.finfo(torch.float32).eps).sqrt()
-    return (unit @ layer.router.weight.T + layer.router.bias).softmax(dim=-1)
+    return (unit @ router.weight.T + router.bias).softmax(dim=-1)
 
 
-def _plain(layer: nn.Module, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+def _plain(layer: MoEFeedForward, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
     """A layer by its definition: expert after expert, each with its matrices multiplied out."""
-    probabilities = _probabilities(layer, x_TD)
-    top, index = probabilities.topk(layer.router.top_k, dim=-1)
-    weight = top / (top.detach() if layer.router.top_k == 1 else top.sum(dim=-1, keepdim=True))
-    kept = _kept(index, layer.router.num_experts, layer.router.capacity_factor)
+    router = _router(layer)
+    top, index = _probabilities(router, x_TD).topk(router.top_k, dim=-1)
+    weight = top / (top.detach() if router.top_k == 1 else top.sum(dim=-1, keepdim=True))
+    kept = _kept(index, router.num_experts, router.capacity_factor)
     y = torch.zeros_like(x_TD)
-    for e in range(layer.router.num_experts):
+    for e in range(router.num_experts):
         token, choice = torch.where((index == e) & kept)
         h = layer.activation(x_TD[token] @ layer.up.expert_matrix(e).T)
         y = y.index_add(0, token, h @ layer.down.expert_matrix(e).T * weight[token, choice, None])
@@ -339,13 +347,14 @@ def _on_device(way: str, dtype: str, tokens: int, args: argparse.Namespace) -> t
     return layer, torch.randn(1, tokens, D, device=args.device, dtype=DTYPES[dtype])
 
 
-def _checked_layer(way: str, D: int, F: int) -> nn.Module:
+def _checked_layer(way: str, D: int, F: int) -> MoEFeedForward:
     """A copy of a layer in float64 whose numbers all data types can represent, on the CPU.
 
     With GELU: a rounded number that changes its sign changes ReLU's derivative from 0 to 1. With experts that differ
     much: the gradient of top-2's router is the difference of two outputs, of which rounding would leave little.
     """
     layer = copy.deepcopy(_layer(way, D, F))
+    assert isinstance(layer, MoEFeedForward), way
     layer.activation = nn.GELU()
     for experts in (layer.up, layer.down):
         experts.add_noise(0.5, torch.Generator().manual_seed(0))
@@ -354,19 +363,22 @@ def _checked_layer(way: str, D: int, F: int) -> nn.Module:
 
 @functools.cache
 def _layer(way: str, D: int, F: int) -> nn.Module:
-    """Any of the layers, on the CPU in float32; the dense ones and ours are of the same weights."""
+    """Any of the layers, on the CPU in float32; ours start as the dense one."""
     if way == "dense":
-        return dense_layer(D, F)
+        return _dense(D, F)
     if way == "Switch":
         return switch_layer(D, F)
     if way == "Transformers grouped_mm":
         return TransformersExperts(D, F, "grouped_mm")
     options = {
-        **layouts(D, F),
+        **layouts(),
         "top-2": {"moe_type": "moe"},
         "dropped tokens": {"capacity_factor": 0.75, "eval_capacity_factor": 0.75},
     }
-    return our_layer(_layer("dense", D, F), **options[way])
+    return our_layer(_dense(D, F), **options[way])
+
+
+_dense = functools.cache(dense_layer)
 
 
 def _compiled(layer: nn.Module, args: argparse.Namespace, x: Tensor | None = None) -> Callable[[Tensor], Tensor]:

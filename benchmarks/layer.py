@@ -3,7 +3,8 @@
     python benchmarks/layer.py [--short] [--phases forward step] [--tokens 512 4096] [--ways narrow Switch]
 
 "forward" is evaluation without gradients; "step" is forward and backward in training mode, the input's gradient
-included. "step memory" is what tensors take in a step above the layer's parameters and input.
+included. "step memory" is what tensors take in a step above the layer's parameters and input. "accumulation" is four
+micro-batches before one optimizer step, with the balanced matrices multiplied out in each or once.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from contenders import (
 from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, tensor_peak, write_results
 from torch import nn
 
-PHASES = ("forward", "step")
+from mpoe.nn import Accumulation
+
+PHASES = ("forward", "step", "accumulation")
+MICRO_BATCHES = 4
 TOKENS = {"full": (1, 32, 512, 4096), "short": (1, 512), "tiny": (3,)}
+ACCUMULATED_TOKENS = {"full": 512, "short": 512, "tiny": 3}
 # What needs a copy of an expert's matrices a token, or as many FLOPs as hundreds of dense layers.
 ONLY_FEW_TOKENS = {"Transformers batched_mm": 32, "tensorly-torch factorized": 32}
 MANY = "separable, 64 experts"
@@ -68,6 +73,7 @@ TARGETS: dict[tuple[str, int], dict[tuple[str, str], Target]] = {
         ("balanced", "reference-style"): Target(1.0),
         (MANY, "separable"): Target(1.15),
     },
+    ("accumulation", 512): {("balanced, rebuilt once", "balanced"): Target(0.4)},
     ("step memory", 4096): {("balanced", "reference-style"): Target(0.4)},
 }  # fmt: skip
 
@@ -84,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for phase in args.phases:
         for tokens in args.tokens:
-            rows += _measure(phase, tokens, layers, args)
+            if phase == "accumulation":
+                rows += _measure_accumulation(tokens, layers, args)
+            else:
+                rows += _measure(phase, tokens, layers, args)
     write_results("layer", rows, args)
 
 
@@ -100,7 +109,7 @@ def build(args: argparse.Namespace) -> dict[str, nn.Module]:
         "tensorly-torch reconstructed": lambda: tensorly_layer(dense, "reconstructed"),
         "tensorly-torch factorized": lambda: tensorly_layer(dense, "factorized"),
         "reference-style": lambda: reference_style_layer(dense),
-        **{name: lambda o=options: our_layer(dense, **o) for name, options in layouts(D, F).items()},
+        **{name: lambda o=options: our_layer(dense, **o) for name, options in layouts().items()},
         MANY: lambda: our_layer(dense, num_experts=64),
     }
     layers = {}
@@ -114,8 +123,7 @@ def build(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def _measure(phase: str, tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
-    width = 32 if args.size == "tiny" else BASE[0]
-    x = torch.randn(1, tokens, width, device=args.device, dtype=DTYPES[args.dtype])
+    x = _inputs(tokens, args)
     ways = {
         name: forward_of(layer, x) if phase == "forward" else step_of(layer, x)
         for name, layer in layers.items()
@@ -128,6 +136,37 @@ def _measure(phase: str, tokens: int, layers: dict[str, nn.Module], args: argpar
         targets = TARGETS.get(("step memory", tokens), {})
         rows += rows_over_dense(f"step memory, {tokens} tokens", peaks, targets, "MiB")
     return rows
+
+
+def _measure_accumulation(tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
+    if "balanced" not in layers or tokens != ACCUMULATED_TOKENS[args.size]:
+        return []
+    x, balanced = _inputs(tokens, args), layers["balanced"]
+    accumulation = Accumulation(balanced)
+    ways = {name: _several(step_of(layers[name], x)) for name in ("dense", "balanced")}
+
+    def rebuilt_once() -> None:
+        with accumulation.step():
+            for _ in range(MICRO_BATCHES):
+                balanced(x).backward(x)
+        balanced.zero_grad()
+
+    ways["balanced, rebuilt once"] = rebuilt_once
+    case = f"accumulation, {MICRO_BATCHES} times {tokens} tokens"
+    return rows_over_dense(case, compare(ways, args.repeats), TARGETS.get(("accumulation", tokens), {}))
+
+
+def _several(step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(MICRO_BATCHES):
+            step()
+
+    return run
+
+
+def _inputs(tokens: int, args: argparse.Namespace) -> torch.Tensor:
+    width = 32 if args.size == "tiny" else BASE[0]
+    return torch.randn(1, tokens, width, device=args.device, dtype=DTYPES[args.dtype])
 
 
 if __name__ == "__main__":

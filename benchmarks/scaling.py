@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(sweep: str, experts: int, D: int, tokens: int, args: argparse.Namespace) -> list[Row]:
     dense = dense_layer(D, 4 * D)
-    named = layouts(D, 4 * D)
+    named = layouts()
     layers: dict[str, nn.Module] = {"dense": dense, "Switch": switch_layer(D, 4 * D, experts)}
     layers |= {name: our_layer(dense, experts, **named[name]) for name in WAYS}
     layers = {name: layer.to(args.device, DTYPES[args.dtype]) for name, layer in layers.items()}
