@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from reference_style import ReferenceStyleLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SwitchTransformersConfig, T5Config, T5ForConditionalGeneration
 from transformers.integrations.moe import use_experts_implementation
@@ -25,6 +24,7 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense
 import mpoe
 from mpoe import MPOEConfig
 from mpoe.mpo import decompose, site_dims
+from reference_style import ReferenceStyleLayer
 
 NOISE = 0.02  # of the experts' weights, relative: experts differ, as trained ones do
 BASE = (768, 3072)  # D and F of T5-base

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import BASE, TINY, t5
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, write_results
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mpoe
+from contenders import BASE, TINY, t5
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, write_results
 from mpoe import MPOEConfig
 from mpoe.mpo import MPO, SiteDims, site_dims, truncation_error
 from mpoe.nn import MPOExperts

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel
+
 from contenders import t5_models
 from harness import DTYPES, Row, compare, parse, parser, rows_over_dense, write_results
-from transformers import PreTrainedModel
 
 INPUTS = 32
 

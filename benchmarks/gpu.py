@@ -21,20 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from contenders import (
-    BASE,
-    TransformersExperts,
-    dense_layer,
-    forward_of,
-    layouts,
-    our_layer,
-    step_of,
-    switch_layer,
-)
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, write_results
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from contenders import BASE, TransformersExperts, dense_layer, forward_of, layouts, our_layer, step_of, switch_layer
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, write_results
 from mpoe.nn import MoEFeedForward, TopKRouter
 
 SIZES = {"full": ((64, 128), BASE), "short": ((64, 128), BASE), "tiny": ((32, 64),)}  # (D, F); the last one is timed
@@ -132,7 +123,7 @@ def _never_waits(case: str, way: str, args: argparse.Namespace) -> Row:
     """Forward and backward, with every call that would wait for the device an error."""
     if args.device == "cpu":
         return _skipped(case, way, "needs a GPU")
-    layer, x = _on_device(way, "bfloat16", CHECK_TOKENS[args.size], args)
+    layer, x = _on_device(_checked_layer, way, "bfloat16", CHECK_TOKENS[args.size], args)
     step = step_of(layer, x)
     step()  # what libraries do once may wait
     torch.cuda.synchronize()
@@ -149,7 +140,7 @@ def _replays(case: str, way: str, tokens: int, args: argparse.Namespace) -> Row:
     """A captured forward, replayed on tokens that it was not captured with."""
     if args.device == "cpu":
         return _skipped(case, way, "needs a GPU")
-    layer, x = _on_device(way, "bfloat16", tokens, args)
+    layer, x = _on_device(_checked_layer, way, "bfloat16", tokens, args)
     replay, y = _captured(layer, x)
     x.copy_(torch.randn_like(x))
     replay()
@@ -158,7 +149,7 @@ def _replays(case: str, way: str, tokens: int, args: argparse.Namespace) -> Row:
 
 def _compiles(case: str, way: str, dtype: str, args: argparse.Namespace) -> Row:
     """The whole layer as one graph, against the same layer without."""
-    layer, x = _on_device(way, dtype, CHECK_TOKENS[args.size], args)
+    layer, x = _on_device(_checked_layer, way, dtype, CHECK_TOKENS[args.size], args)
     dy = torch.randn_like(x)
     eager = _results(layer, layer, x, dy)
     torch.compiler.reset()
@@ -275,7 +266,7 @@ def _timings(args: argparse.Namespace) -> Iterator[Part]:
 
 def _time_eager(case: str, of: Callable, dtype: str, tokens: int, args: argparse.Namespace) -> list[Row]:
     def way(name: str) -> Callable[[], object]:
-        return of(*_timed_layer(name, dtype, tokens, args))
+        return of(*_on_device(_layer, name, dtype, tokens, args))
 
     targets = {("separable", "dense"): _target(of)} if (dtype, tokens) == ("bfloat16", 16384) else {}
     return _time(case, {name: functools.partial(way, name) for name in TIMED}, targets, args)
@@ -285,10 +276,10 @@ def _time_decode(case: str, tokens: int, args: argparse.Namespace) -> list[Row]:
     """Forwards of few tokens, where starting kernels is what takes time, with and without a CUDA graph."""
 
     def eager(name: str) -> Callable[[], object]:
-        return forward_of(*_timed_layer(name, "bfloat16", tokens, args))
+        return forward_of(*_on_device(_layer, name, "bfloat16", tokens, args))
 
     def graph(name: str) -> Callable[[], object]:
-        return _captured(*_timed_layer(name, "bfloat16", tokens, args))[0]
+        return _captured(*_on_device(_layer, name, "bfloat16", tokens, args))[0]
 
     makers = {name: functools.partial(eager, name) for name in GRAPHED}
     if args.device == "cpu":
@@ -298,10 +289,10 @@ def _time_decode(case: str, tokens: int, args: argparse.Namespace) -> list[Row]:
 
 def _time_compiled(case: str, of: Callable, tokens: int, args: argparse.Namespace) -> list[Row]:
     def eager() -> Callable[[], object]:
-        return of(*_timed_layer("dense", "bfloat16", tokens, args))
+        return of(*_on_device(_layer, "dense", "bfloat16", tokens, args))
 
     def compiled(name: str) -> Callable[[], object]:
-        layer, x = _timed_layer(name, "bfloat16", tokens, args)
+        layer, x = _on_device(_layer, name, "bfloat16", tokens, args)
         return of(_compiled(layer, args, x), x)
 
     torch.compiler.reset()  # it refuses to compile the same code again and again
@@ -333,17 +324,12 @@ def _time(
     return rows_over_dense(case, compare(ways, args.repeats, budget_s=CASE_S), targets) + failed
 
 
-def _timed_layer(way: str, dtype: str, tokens: int, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """A copy of a layer, of the size that is timed, and tokens for it, (1, T, D), on the device."""
+def _on_device(
+    make: Callable[[str, int, int], nn.Module], way: str, dtype: str, tokens: int, args: argparse.Namespace
+) -> tuple[nn.Module, Tensor]:
+    """A copy of a layer of the size that is timed, from `_layer` or `_checked_layer`, and tokens for it, (1, T, D)."""
     D, F = SIZES[args.size][-1]
-    layer = copy.deepcopy(_layer(way, D, F)).to(args.device, DTYPES[dtype])
-    return layer, torch.randn(1, tokens, D, device=args.device, dtype=DTYPES[dtype])
-
-
-def _on_device(way: str, dtype: str, tokens: int, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The same of a layer as checks use it."""
-    D, F = SIZES[args.size][-1]
-    layer = _checked_layer(way, D, F).to(args.device, DTYPES[dtype])
+    layer = copy.deepcopy(make(way, D, F)).to(args.device, DTYPES[dtype])
     return layer, torch.randn(1, tokens, D, device=args.device, dtype=DTYPES[dtype])
 
 

@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
+
 from contenders import (
     BASE,
     TransformersExperts,
@@ -26,8 +28,6 @@ from contenders import (
     tensorly_layer,
 )
 from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, tensor_peak, write_results
-from torch import nn
-
 from mpoe.nn import Accumulation
 
 PHASES = ("forward", "step", "accumulation")

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from contenders import SMALL, TINY, mixture, t5, t5_mixtures
 from harness import DTYPES, Samples, Target, parse, parser, process_peak, rows_over_dense, run_child, write_results
-
 from training import training_step
 
 WAYS = ("imports alone", "dense", "Switch", "separable", "narrow", "ends of 64", "balanced")
@@ -50,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     if args.train != "imports alone":
         model = t5(TINY if args.size == "tiny" else SMALL)
         if args.train != "dense":
-            model = mixture(model, **t5_mixtures(model)[args.train])
+            model = mixture(model, **t5_mixtures()[args.train])
         step = training_step(model.to(args.device, DTYPES[args.dtype]).train())
         for _ in range(STEPS):
             step()

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import DTYPES, Row, Samples, Target, compare, hardware, parse, parser, write_results
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harness import DTYPES, Row, Samples, Target, compare, hardware, parse, parser, write_results
 from mpoe.mpo import Plan, machine_of, plan, site_dims
 from mpoe.nn import MPOExperts
 from mpoe.nn.matrix_cache import MatrixCache

@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+
 from contenders import dense_layer, forward_of, layouts, our_layer, step_of, switch_layer
 from harness import DTYPES, Row, compare, parse, parser, rows_over_dense, write_results
-from torch import nn
 
 EXPERTS, WIDTH, TOKENS = 8, 768, 512
 SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {

@@ -12,10 +12,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from contenders import t5_models
-from harness import DTYPES, Row, Target, compare, parse, parser, rows_over_dense, write_results
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from contenders import t5_models
+from harness import DTYPES, Row, Target, compare, parse, parser, rows_over_dense, write_results
 
 ROWS, INPUTS, LABELS = 8, 96, 32
 TOKENS = ROWS * (INPUTS + LABELS)

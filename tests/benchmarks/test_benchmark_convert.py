@@ -1,10 +1,10 @@
 import json
 
-import convert
-import harness
 import pytest
 import torch
 
+import convert
+import harness
 from mpoe.mpo import SiteDims, decompose, site_dims, truncation_error
 
 

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 from torch import nn
 
+import harness
 from mpoe.nn import TopKRouter
 
 gpu = importlib.import_module("gpu")

@@ -1,9 +1,10 @@
 import json
 from itertools import pairwise
 
-import harness
 import pytest
 import torch
+
+import harness
 from harness import Row, Samples, Target, compare, parse, parser, ratios, rows_over_dense
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, Pr
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
-from mpoe.models import clear_load_errors, count_parameters, read_config
+from mpoe.models import clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo.machine import machine_of
@@ -25,7 +26,7 @@ from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
 from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table
 from mpoe.report.scaling import Hardware, Step
 from mpoe.report.scaling_table import SCALE_DEVICES, SCALE_LEGEND, step_table, variant_table
-from mpoe.report.variants import ffn_experts, variants
+from mpoe.report.variants import ffn_experts, mixture_blocks, variants
 from mpoe.training.arguments import MixtureArguments
 
 MAY_BE_BARE = {"--plan": PLAN_TOKENS, "--scale": SCALE_DEVICES}
@@ -99,7 +100,10 @@ def _mixtures(columns: Mapping[str, MPOEConfig | None]) -> dict[str, MPOEConfig]
 
 
 def _plan_tables(shape: ModelShape, mixture: MPOEConfig, tokens: Sequence[int], device_type: str) -> list[Table]:
-    matrices = {experts.dims: experts for experts in ffn_experts(shape, mixture)}
+    layer = torch.nn.ModuleList(ffn_experts(shape, mixture))
+    share = mixture.matrix_cache_gib / max(mixture_blocks(shape, mixture), 1)
+    set_compute(layer, dataclasses.replace(mixture, matrix_cache_gib=share))
+    matrices = {experts.dims: experts for experts in mpo_experts(layer).values()}
     return [
         plan_table(experts, tokens, machine_of(device_type), needs_grad)
         for experts in matrices.values()

@@ -14,7 +14,7 @@ COMMANDS = {
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
     "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",
     "import-reference": "read a checkpoint of the paper's own code: mpoe import-reference FILE --output_dir OUT",
-    "inspect": "count a mixture's parameters without building it: mpoe inspect --config t5-base --num_experts 8 16",
+    "inspect": "parameters, --plan or --scale of a mixture: mpoe inspect --config t5-base --num_experts 8 16",
     "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
 }
 

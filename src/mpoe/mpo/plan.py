@@ -157,6 +157,7 @@ def plan_rows(
     needs_grad: bool = False,
     cache_bytes: int = 0,
     machine: Machine = CPU,
+    way: str | None = None,
 ) -> list[PlanRow]:
     """Plans for several numbers of tokens as rows of a table: every possible way of each, the chosen one first.
 
@@ -169,14 +170,15 @@ def plan_rows(
         needs_grad: See `plan`.
         cache_bytes: See `plan`.
         machine: See `plan`.
+        way: See `plan`.
     """
     rows = []
     for tokens in token_counts:
-        made = plan(dims, max_bond_dim, num_experts, tokens, None, dtype_bytes, needs_grad, cache_bytes, machine)
-        for way in sorted(made.costs, key=lambda way: made.costs[way].seconds):
-            cost = made.costs[way]
-            ratio = made.over_dense(way)
-            rows.append(PlanRow(tokens, way, way == made.way, ratio, cost.flops, cost.bytes_moved, cost.memory))
+        made = plan(dims, max_bond_dim, num_experts, tokens, None, dtype_bytes, needs_grad, cache_bytes, machine, way)
+        for name in sorted(made.costs, key=lambda name: (name != made.way, made.costs[name].seconds)):
+            cost = made.costs[name]
+            ratio = made.over_dense(name)
+            rows.append(PlanRow(tokens, name, name == made.way, ratio, cost.flops, cost.bytes_moved, cost.memory))
     return rows
 
 

@@ -14,9 +14,9 @@ from mpoe.nn import MPOExperts
 PLAN_TOKENS = (1, 32, 512, 4096)
 DTYPE_BYTES = 4  # float32
 PLAN_LEGEND = (
-    "→: chosen, as the cheapest. time: modelled, over one dense matrix. apply: nothing is multiplied out; rebuild: the "
-    "matrices of active experts are, in every call; cached: they are there from an earlier call, which takes memory "
-    "and is for evaluation alone."
+    "→: chosen, as the cheapest or as --compute says. time: modelled, over one dense matrix. apply: nothing is "
+    "multiplied out; rebuild: the matrices of active experts are, in every call; cached: they are there from an "
+    "earlier call, which takes memory (--matrix_cache_gib) and is for evaluation alone."
 )
 
 
@@ -24,10 +24,10 @@ def plan_table(experts: MPOExperts, token_counts: Sequence[int], machine: Machin
     """One row a way, for several numbers of tokens; the chosen one first and marked.
 
     Args:
-        experts: One matrix of a mixture.
+        experts: One matrix of a mixture; its `way` is what was asked for, its `cache` the memory for the cached way.
         token_counts: Tokens, each once for every expert that it goes to, count.
         machine: Its constants.
-        needs_grad: A training step; otherwise evaluation, with memory for the cached way.
+        needs_grad: A training step; otherwise evaluation.
 
     Raises:
         ValueError: No tokens.
@@ -35,8 +35,9 @@ def plan_table(experts: MPOExperts, token_counts: Sequence[int], machine: Machin
     if min(token_counts, default=1) < 1:
         raise ValueError(f"tokens must be >= 1; got {min(token_counts)}")
     dims, bond, num_experts = experts.dims, experts.max_bond_dim, experts.num_experts
-    cache = 0 if needs_grad else num_experts * dims.padded_out * dims.padded_in * DTYPE_BYTES
-    rows = plan_rows(dims, bond, num_experts, token_counts, DTYPE_BYTES, needs_grad, cache, machine)
+    cache = 0 if needs_grad or experts.cache is None else experts.cache.limit_bytes
+    way = None if needs_grad and experts.way == "cached" else experts.way
+    rows = plan_rows(dims, bond, num_experts, token_counts, DTYPE_BYTES, needs_grad, cache, machine, way)
     what = "a training step" if needs_grad else "evaluation"
     title = f"{dims.out_features}×{dims.in_features}, {what}\n{num_experts} experts, bonds {dims.bond_dims(bond)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
