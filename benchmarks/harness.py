@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import mpoe
 from mpoe.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,11 +338,13 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python, the libraries that matter for speed, and this one's commit."""
+    named = {"python": platform.python_version(), "mpoe": mpoe.__version__}
+    named |= {library: metadata.version(library) for library in ("torch", "transformers", "numpy")}
+    if shutil.which("git") is None:  # on a machine that only got the files
+        return named | {"commit": "unknown"}
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False)
-    named = {"python": platform.python_version(), "mpoe": metadata.version("mpoe")}
-    named |= {library: metadata.version(library) for library in ("torch", "transformers", "numpy")}
     return named | {"commit": commit.stdout.strip() + (" with changes in src" if changed.stdout else "")}
 
 

@@ -2,14 +2,16 @@
 
     python benchmarks/layer.py [--short] [--phases forward step] [--tokens 512 4096] [--ways narrow Switch]
 
-"forward" is evaluation without gradients; "step" is forward and backward in training mode, the input's gradient
-included. "step memory" is what tensors take in a step above the layer's parameters and input. "accumulation" is four
-micro-batches before one optimizer step, with the balanced matrices multiplied out in each or once.
+"forward" is evaluation without gradients, of up to 32 tokens through four layers; "step" is forward and backward in
+training mode, the input's gradient included. "step memory" is what tensors take in a step above the layer's parameters
+and input. "accumulation" is four micro-batches before one optimizer step, with the balanced matrices multiplied out in
+each or once.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,6 +35,8 @@ from mpoe.nn import Accumulation
 PHASES = ("forward", "step", "accumulation")
 MICRO_BATCHES = 4
 TOKENS = {"full": (1, 32, 512, 4096), "short": (1, 512), "tiny": (3,)}
+# A few tokens go through several layers one after the other, as in a model: the weights of one would stay in the cache.
+DEPTH, DEEP_TOKENS = 4, 32
 ACCUMULATED_TOKENS = {"full": 512, "short": 512, "tiny": 3}
 # What needs a copy of an expert's matrices a token, or as many FLOPs as hundreds of dense layers.
 ONLY_FEW_TOKENS = {"Transformers batched_mm": 32, "tensorly-torch factorized": 32}
@@ -85,11 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--tokens", nargs="+", type=int, help="of a batch, counts")
     made.add_argument("--ways", nargs="+", help="only these (and dense), by their names in the table")
     args = parse(made, arguments)
-    args.tokens = args.tokens or TOKENS[args.size]
     layers = build(args)
     rows: list[Row] = []
     for phase in args.phases:
-        for tokens in args.tokens:
+        for tokens in args.tokens or TOKENS[args.size]:
+            if phase == "step" and args.size == "full" and not args.tokens and tokens <= DEEP_TOKENS:
+                continue  # minutes for what nobody trains with
             if phase == "accumulation":
                 rows += _measure_accumulation(tokens, layers, args)
             else:
@@ -123,14 +128,15 @@ def build(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def _measure(phase: str, tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
-    x = _inputs(tokens, args)
-    ways = {
-        name: forward_of(layer, x) if phase == "forward" else step_of(layer, x)
-        for name, layer in layers.items()
-        if tokens <= ONLY_FEW_TOKENS.get(name, tokens)
-    }
-    targets = TARGETS.get((phase, tokens), {})
-    rows = rows_over_dense(f"{phase}, {tokens} tokens", compare(ways, args.repeats), targets)
+    x, case = _inputs(tokens, args), f"{phase}, {tokens} tokens"
+    measured = {name: layer for name, layer in layers.items() if tokens <= ONLY_FEW_TOKENS.get(name, tokens)}
+    if phase == "forward":
+        depth = DEPTH if tokens <= DEEP_TOKENS else 1
+        case += f", {depth} layers" if depth > 1 else ""
+        ways = {name: forward_of(_stack(layer, depth), x) for name, layer in measured.items()}
+    else:
+        ways = {name: step_of(layer, x) for name, layer in measured.items()}
+    rows = rows_over_dense(case, compare(ways, args.repeats), TARGETS.get((phase, tokens), {}))
     if phase == "step":
         peaks = {name: Samples((float(tensor_peak(way)),)) for name, way in ways.items()}
         targets = TARGETS.get(("step memory", tokens), {})
@@ -154,6 +160,10 @@ def _measure_accumulation(tokens: int, layers: dict[str, nn.Module], args: argpa
     ways["balanced, rebuilt once"] = rebuilt_once
     case = f"accumulation, {MICRO_BATCHES} times {tokens} tokens"
     return rows_over_dense(case, compare(ways, args.repeats), TARGETS.get(("accumulation", tokens), {}))
+
+
+def _stack(layer: nn.Module, depth: int) -> nn.Module:
+    return nn.Sequential(layer, *(copy.deepcopy(layer) for _ in range(depth - 1)))
 
 
 def _several(step: Callable[[], None]) -> Callable[[], None]:
