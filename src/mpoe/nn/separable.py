@@ -113,7 +113,7 @@ class _SeparableProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, central, *others = ctx.saved_tensors
         needs_x, needs_central, *needs_ends = ctx.needs_input_grad[2:]
         right, left = _ends(ctx.fixed, others[:4])
@@ -243,7 +243,7 @@ class _Ends:
             # x + s·A x, not (1 + s·A) x: small offsets are kept that bfloat16 would round away beside a 1.
             torch.addmm(x_rk, x_rk, offset if transpose else offset.T, beta=factor, alpha=factor * self.scale, out=out)
         else:
-            matrix = self.matrix(expert)
+            matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
             torch.mm(x_rk, matrix if transpose else matrix.T, out=out)
 
     def columns(self, expert: int, v_kc: Tensor, transpose: bool = False) -> Tensor:
@@ -251,16 +251,11 @@ class _Ends:
         offset, factor = self.offsets[expert], self.factors[expert]
         if self.start is None:
             return torch.addmm(v_kc, offset.T if transpose else offset, v_kc, beta=factor, alpha=factor * self.scale)
-        matrix = self.matrix(expert)
+        matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
         return torch.mm(matrix.T if transpose else matrix, v_kc)
 
-    def matrix(self, expert: int) -> Tensor:
-        """M of one expert, for a start that is no unit matrix."""
-        matrix = torch.add(self.start, self.offsets[expert], alpha=self.scale)
-        return matrix.mul_(self.factors[expert]) if self.has_factors else matrix
 
-
-def _ends(fixed: Any, tensors: Sequence[Tensor | None]) -> tuple[_Ends | None, _Ends | None]:
+def _ends(fixed: Any, tensors: Sequence[Any]) -> tuple[_Ends | None, _Ends | None]:
     right, left = (
         None if of_end is None else _Ends(offsets, factors, *of_end)
         for of_end, offsets, factors in zip(fixed, tensors[::2], tensors[1::2], strict=True)
