@@ -17,6 +17,7 @@ and input dimension of an end; r rows, c columns of a block that one expert's en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,7 @@ class _SeparableProduct(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, central, *others = ctx.saved_tensors
         needs_x, needs_central, *needs_ends = ctx.needs_input_grad[2:]
+        memory = _Memory(x)
         right, left = _ends(ctx.fixed, others[:4])
         kept = iter(others[4:])
         a, o, i, b = central.shape
@@ -127,11 +129,12 @@ class _SeparableProduct(torch.autograd.Function):
         for panel in panels(ctx.counts) if left else whole(ctx.counts):
             dy = of_outputs[0][panel.rows]
             z = next(kept) if _is_kept(right) else None
-            du = dy if left is None else _left_backward(left, d_left, dy, panel, kept, a, o)
+            du = dy if left is None else _left_backward(left, d_left, dy, panel, kept, (a, o), memory)
             if needs_central:
                 dc = _add_product(dc, du.T, _times_right(right, x, [panel], i) if z is None else z)
             if needs_x or d_right is not None:
-                _right_backward(right, d_right, torch.mm(du, c), panel, x, dx, i)
+                dz = torch.mm(du, c, out=memory("dz", len(du), i * b))
+                _right_backward(right, d_right, dz, panel, x, dx, i)
         return (
             None,
             None,
@@ -159,7 +162,7 @@ def _product(
         if kept is not None and _is_kept(right):
             kept.append(z)
         return linear(z, c)
-    y = x.new_empty(len(x), left.size * o)
+    y, memory = x.new_empty(len(x), left.size * o), _Memory(x)
     for panel in panels(counts):
         z = _times_right(right, x, [panel], i)
         if kept is not None and _is_kept(right):
@@ -167,7 +170,8 @@ def _product(
         u_aoN = linear_columns(z, c).view(a, o, panel.size)
         for expert, rows in panel.segments:
             u_ac = u_aoN[:, :, panel.within(rows)].reshape(a, -1)
-            y[rows] = left.columns(expert, u_ac).view(left.size * o, -1).T
+            y_pc = left.columns(expert, u_ac, out=memory("y", left.size, u_ac.shape[1]))
+            y[rows] = y_pc.view(left.size * o, -1).T
             if kept is not None:
                 kept.append(u_ac)
     return y
@@ -193,20 +197,27 @@ def _times_right(right: _Ends | None, x: Tensor, some: Sequence[Panel], i: int) 
 
 
 def _left_backward(
-    left: _Ends, d_left: _EndSum | None, dy: Tensor, panel: Panel, kept: Iterator[Tensor], a: int, o: int
+    left: _Ends,
+    d_left: _EndSum | None,
+    dy: Tensor,
+    panel: Panel,
+    kept: Iterator[Tensor],
+    shape: tuple[int, int],
+    memory: _Memory,
 ) -> Tensor:
-    """From dy to d(C R x), a token a row in both."""
-    du_aoN = dy.new_empty(a, o, panel.size)
+    """From dy to d(C R x), a token a row in both; good until the next panel."""
+    a, o = shape
+    du_aoN = memory("du", a, o, panel.size)
     for expert, rows in panel.segments:
-        inside = panel.within(rows)
-        dy_pc = dy[inside].T.reshape(left.size, -1)
-        u_ac = next(kept)
+        inside, u_ac = panel.within(rows), next(kept)
+        dy_pc = memory("dy", left.size * o, rows.stop - rows.start).copy_(dy[inside].T).view(left.size, -1)
         if d_left is not None:
             d_left.add(expert, dy_pc, u_ac.T)
-        du_ac = left.columns(expert, dy_pc, transpose=True)
         if len(panel.segments) == 1:
-            return du_ac.view(a * o, -1).T
-        du_aoN[:, :, inside] = du_ac.view(a, o, -1)
+            left.columns(expert, dy_pc, out=du_aoN.view(a, -1), transpose=True)
+        else:
+            du_ac = left.columns(expert, dy_pc, out=memory("du of one", *u_ac.shape), transpose=True)
+            du_aoN[:, :, inside] = du_ac.view(a, o, -1)
     return du_aoN.view(a * o, -1).T
 
 
@@ -225,6 +236,21 @@ def _right_backward(
             d_right.add(expert, dz_rb.T, x_rq)
         if dx is not None:
             right.rows(expert, dz_rb, out=dx[rows].view_as(x_rq), transpose=True)
+
+
+class _Memory:
+    """Buffers that every panel uses again: the page faults of fresh memory cost as much as a fifth of a product."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """A tensor of that shape, whose elements are the last one's of that name."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self._like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
 class _Ends:
@@ -246,13 +272,14 @@ class _Ends:
             matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
             torch.mm(x_rk, matrix if transpose else matrix.T, out=out)
 
-    def columns(self, expert: int, v_kc: Tensor, transpose: bool = False) -> Tensor:
-        """M v, or Mᵀ v."""
+    def columns(self, expert: int, v_kc: Tensor, out: Tensor, transpose: bool = False) -> Tensor:
+        """Out = M v, or Mᵀ v."""
         offset, factor = self.offsets[expert], self.factors[expert]
         if self.start is None:
-            return torch.addmm(v_kc, offset.T if transpose else offset, v_kc, beta=factor, alpha=factor * self.scale)
+            mixing, alpha = offset.T if transpose else offset, factor * self.scale
+            return torch.addmm(v_kc, mixing, v_kc, beta=factor, alpha=alpha, out=out)
         matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
-        return torch.mm(matrix.T if transpose else matrix, v_kc)
+        return torch.mm(matrix.T if transpose else matrix, v_kc, out=out)
 
 
 def _ends(fixed: Any, tensors: Sequence[Any]) -> tuple[_Ends | None, _Ends | None]:
