@@ -11,6 +11,7 @@ A script times its ways with `compare`, turns them into `Row`s and hands those t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -271,6 +272,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="float32", choices=DTYPES)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--repeats", type=int, help="rounds of every timing, count")
+    made.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep",
+        help="keep: freed memory stays with the process, as tcmalloc and jemalloc have it, so that no way is timed with "
+        "the page faults of fresh memory; glibc only",
+    )  # fmt: skip
     made.add_argument("--out", type=Path, help="folder of the results (benchmarks/results; short: build/benchmarks)")
     made.set_defaults(size="full")
     return made
@@ -283,6 +289,8 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         made.error("--device cuda must have a CUDA device; PyTorch sees none: leave the flag out")
     args.repeats = args.repeats or {"full": 15, "short": 5, "tiny": 1}[args.size]
     args.out = args.out or ROOT / ("benchmarks/results" if args.size == "full" else "build/benchmarks")
+    if args.malloc == "keep" and (args.size == "tiny" or not _keep_memory()):
+        args.malloc = "default"
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     return args
@@ -346,6 +354,16 @@ def versions() -> dict[str, str]:
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False)
     return named | {"commit": commit.stdout.strip() + (" with changes in src" if changed.stdout else "")}
+
+
+def _keep_memory() -> bool:
+    """Tell glibc to serve every size from its heap and never to give that back; False where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(m_trim_threshold, 2**31 - 1) and mallopt(m_mmap_max, 0))
 
 
 def _calibrate(way: Callable[[], object], warmup: int) -> int:

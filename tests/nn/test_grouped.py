@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mpoe.nn.grouped import FEW_ROWS, blockwise, linear, linear_per_expert, rows_of_experts
+from mpoe.nn.grouped import FEW_ROWS, VERY_FEW_ROWS, blockwise, linear, linear_per_expert, rows_of_experts
 
 COUNTS = [[3, 0, 4], [0, 0, 5], [2, 2, 2], [1, 0, 0], [0, 0, 0]]
 
@@ -45,11 +45,13 @@ def test_one_expert_needs_no_counts():
     assert torch.equal(linear_per_expert(x, torch.tensor([4]), weight), linear(x, weight[0]))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, FEW_ROWS - 1, FEW_ROWS])
-def test_few_rows_take_another_road_to_the_same_product(rows):
-    x = torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(rows, 7, dtype=torch.float64)
+@pytest.mark.parametrize("outputs", [7, 12])
+@pytest.mark.parametrize("rows", [0, 1, 2, VERY_FEW_ROWS - 1, VERY_FEW_ROWS, FEW_ROWS - 1, FEW_ROWS])
+def test_few_rows_take_another_road_to_the_same_product(rows, outputs, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    x = torch.randn(rows, 12, requires_grad=True)
+    weight = torch.randn(outputs, 12, requires_grad=True)
+    upstream = torch.randn(rows, outputs)
     results = [linear(x, weight), torch.nn.functional.linear(x, weight)]
     torch.testing.assert_close(*results)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), upstream) for y in results), strict=True):

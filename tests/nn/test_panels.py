@@ -1,6 +1,7 @@
 import random
 
 import pytest
+import torch
 
 from mpoe.nn.panels import ALONE_ROWS, MAX_ROWS, MIN_ROWS, panels, whole
 
@@ -30,9 +31,11 @@ def test_every_row_is_in_one_panel_with_its_expert(counts, cut):
     assert rows_of(found) == list(zip(expert_of_row, range(sum(counts)), strict=True))
     for panel in found:
         assert panel.size == sum(panel.counts(len(counts))) > 0
-        for _, rows in panel.segments:
-            inside = panel.within(rows)
-            assert (panel.rows.start + inside.start, panel.rows.start + inside.stop) == (rows.start, rows.stop)
+        rows = torch.arange(panel.rows.start, panel.rows.stop)
+        for n, (expert, one, two) in enumerate(panel.split(rows[:, None], rows[:, None].expand(-1, 2))):
+            assert expert == panel.segments[n][0]
+            assert one.tolist() == list(range(sum(counts)))[panel.segments[n][1]]
+            assert two.tolist() == [row for row in one.tolist() for _ in range(2)]
     assert cut is panels or len(found) <= 1
 
 

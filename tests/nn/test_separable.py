@@ -37,8 +37,9 @@ def plain(x, counts, central, right, left):
 
 @pytest.fixture(params=[False, True], ids=["recompute", "keep"])
 def is_kept(request, monkeypatch):
-    """The backward multiplies R x again, or takes it from memory; and one batch of panels of all kinds."""
+    """The backward multiplies R x again, or takes it from memory; and one batch of panels and ends of all kinds."""
     monkeypatch.setattr(separable, "KEPT_BOND", 0 if request.param else 10**9)
+    monkeypatch.setattr(separable, "COLUMNS_SIZE", 40)
     monkeypatch.setattr(panels, "MIN_ROWS", 6)
     monkeypatch.setattr(panels, "ALONE_ROWS", 4)
     monkeypatch.setattr(panels, "MAX_ROWS", 100)

@@ -62,7 +62,7 @@ class Dispatch:
         if self.kept is not None:
             weight = weight.masked_fill(~self.kept, 0)
         y_TKD, weight = _of_assignments(y, self.order, *weight.shape), weight.to(y.dtype)
-        return (y_TKD * weight[:, :, None]).sum(dim=1) if self.top_k > 1 else y_TKD[:, 0] * weight
+        return (y_TKD * weight[:, :, None]).sum(dim=1) if self.top_k > 1 else y_TKD.squeeze(1) * weight
 
 
 def _rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -82,7 +82,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
         dx_TKD = _of_assignments(of_outputs[0], order, ctx.num_tokens, ctx.top_k)
-        return dx_TKD[:, 0] if ctx.top_k == 1 else dx_TKD.sum(dim=1), None, None
+        return dx_TKD.squeeze(1) if ctx.top_k == 1 else dx_TKD.sum(dim=1), None, None
 
 
 def _of_assignments(y: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:

@@ -9,6 +9,7 @@ and input dimensions; p, q the dimensions at the output end and the input end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -82,6 +83,7 @@ class MPOExperts(nn.Module):
         self._unit_starts = tuple(
             gauge == "identity" and _is_square(shapes[k], k < dims.central) for k in dims.auxiliary
         )
+        self._is_number = tuple(math.prod(shapes[k]) == 1 for k in dims.auxiliary)
         for k, is_unit in zip(dims.auxiliary, self._unit_starts, strict=True):
             if not is_unit:
                 self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
@@ -243,9 +245,9 @@ class MPOExperts(nn.Module):
 
     def _ends(self, dtype: torch.dtype) -> tuple[End | None, End | None]:
         """The ends at the inputs and the outputs; one that has a single dimension is a factor of the other."""
-        if self.offsets[1][0].numel() == 1:
+        if self._is_number[1]:
             return None, self._end(0, dtype, self._as_factors(1, dtype))
-        if self.offsets[0][0].numel() == 1:
+        if self._is_number[0]:
             return self._end(1, dtype, self._as_factors(0, dtype)), None
         return self._end(1, dtype), self._end(0, dtype)
 

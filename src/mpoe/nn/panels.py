@@ -6,9 +6,11 @@ few share one, because a weight that all experts share is read once a panel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
+from torch import Tensor
 
 MIN_ROWS = 400
 MAX_ROWS = 1024
@@ -35,9 +37,15 @@ class Panel:
         """Rows, count."""
         return self.rows.stop - self.rows.start
 
-    def within(self, rows: slice) -> slice:
-        """Rows of the batch as rows of the panel."""
-        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+    def split(self, *rows_Pr: Tensor) -> Iterator[tuple[int, *tuple[Tensor, ...]]]:
+        """Every expert with its part of some tensors, each of them flattened to one vector a row.
+
+        Args:
+            rows_Pr: Of the panel's rows, each with r vectors: (rows, r, any).
+        """
+        sizes = [rows.stop - rows.start for _, rows in self.segments]
+        parts = (t.flatten(0, 1).split([n * t.shape[1] for n in sizes]) for t in rows_Pr)
+        return zip((expert for expert, _ in self.segments), *parts, strict=True)
 
     def counts(self, num_experts: int) -> list[int]:
         """Rows of every expert, as for a batch of its own."""

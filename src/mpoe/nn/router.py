@@ -148,8 +148,9 @@ class TopKRouter(nn.Module):
         if not self.input_norm:
             return nn.functional.linear(noisy, weight, bias)
         # the scale goes onto the few logits instead of onto the token
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        eps = norm.new_full((), torch.finfo(torch.float32).eps)
+        scale = torch.rsqrt(torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]))
         return torch.addcmul(bias, nn.functional.linear(noisy, weight), scale)
 
     def _wanted(self, weight: Float[Tensor, "T K"]) -> Bool[Tensor, "T K"] | None:

@@ -4,21 +4,22 @@ Two small products per expert, with its ends R and L, around one product with th
 all experts share and that is by far the largest. Nothing is multiplied out. On a CPU it has a backward of its own, and
 what measured best there:
 
-- An end acts on the last of a token's input dimensions and on the first of its output dimensions. So R wants a token
-  in a row and L wants it in a column. C times the transposed tokens gives columns for free; only L's result has to be
-  turned around, while it is still in the cache.
+- An end acts on the last of a token's input dimensions and on the first of its output dimensions. So L finds its
+  dimension in the last place only after a token's numbers have been swapped, (a, o) to (o, a), and its result is
+  swapped back: cheap, because it is done while they are in the cache. With more tokens than C has columns it is
+  cheaper to swap the rows of C.
 - Tokens go through in panels (see `mpoe.nn.panels`).
 - Kept for the backward are x and C R x, and R x unless multiplying it again is cheap.
 
-Shape letters: N tokens, sorted by expert; E experts; a, b the bonds left and right of the central tensor; o, i the
-central site's output and input dimensions; p, q the dimensions at the output end and the input end; l, k the output
-and input dimension of an end; r rows, c columns of a block that one expert's end is multiplied with.
+Shape letters: N tokens, sorted by expert, P of them in a panel; E experts; a, b the bonds left and right of the central
+tensor; o, i the central site's output and input dimensions; p, q the dimensions at the output end and the input end;
+l, k the output and input dimension of an end; r vectors of a token that an end is multiplied with (i, or o).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from mpoe.nn.grouped import Counts, linear, linear_columns, linear_per_expert, r
 from mpoe.nn.panels import Panel, panels, whole
 
 KEPT_BOND = 128  # from here on the backward takes R x from memory
+COLUMNS_SIZE = 49152  # numbers of one expert's tokens; up to here an end is faster on columns, on a CPU
 
 
 @dataclass(frozen=True)
@@ -117,29 +119,42 @@ class _SeparableProduct(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, central, *others = ctx.saved_tensors
         needs_x, needs_central, *needs_ends = ctx.needs_input_grad[2:]
-        memory = _Memory(x)
         right, left = _ends(ctx.fixed, others[:4])
-        kept = iter(others[4:])
-        a, o, i, b = central.shape
-        c = central.reshape(a * o, i * b)
+        kept, memory = iter(others[4:]), _Memory(x)
+        centre, i = _Centre(central, len(x), left is not None), central.shape[2]
         dx = torch.empty_like(x) if needs_x else None
         dc = None
         d_right = _EndSum(right) if right and any(needs_ends[:2]) else None
         d_left = _EndSum(left) if left and any(needs_ends[2:]) else None
-        for panel in panels(ctx.counts) if left else whole(ctx.counts):
-            dy = of_outputs[0][panel.rows]
-            z = next(kept) if _is_kept(right) else None
-            du = dy if left is None else _left_backward(left, d_left, dy, panel, kept, (a, o), memory)
+        for panel in _panels(ctx.counts, left):
+            x_P, du_P = x[panel.rows], of_outputs[0][panel.rows]
+            z_P = next(kept) if _is_kept(right) else None
+            if left is not None:
+                v_Poa = next(kept)
+                dw_Pop = memory("dw", panel.size, v_Poa.shape[1], left.size)
+                dw_Pop.copy_(du_P.view(panel.size, left.size, -1).transpose(1, 2))
+                if d_left is not None:
+                    d_left.add(panel, dw_Pop, v_Poa)
+                dv_Poa = left.multiply(panel, dw_Pop, memory("dv", *v_Poa.shape), transpose=True)
+                du_P = centre.swap_back(dv_Poa, memory)
             if needs_central:
-                dc = _add_product(dc, du.T, _times_right(right, x, [panel], i) if z is None else z)
-            if needs_x or d_right is not None:
-                dz = torch.mm(du, c, out=memory("dz", len(du), i * b))
-                _right_backward(right, d_right, dz, panel, x, dx, i)
+                dc = _add_product(dc, du_P.T, _times_right(right, panel, x_P, i, memory) if z_P is None else z_P)
+            dx_P = None if dx is None else dx[panel.rows]
+            if right is None:
+                if dx_P is not None:
+                    torch.mm(du_P, centre.matrix, out=dx_P)
+            elif needs_x or d_right is not None:
+                dz_Pib = memory("dz", panel.size, i, right.size)
+                torch.mm(du_P, centre.matrix, out=dz_Pib.view(panel.size, -1))
+                if d_right is not None:
+                    d_right.add(panel, dz_Pib, x_P.view(panel.size, i, -1))
+                if dx_P is not None:
+                    right.multiply(panel, dz_Pib, dx_P.view(panel.size, i, -1), transpose=True)
         return (
             None,
             None,
             dx,
-            _like(central, dc) if needs_central else None,
+            centre.gradient(dc) if needs_central else None,
             *((None, None) if d_right is None else d_right.gradients()),
             *((None, None) if d_left is None else d_left.gradients()),
         )
@@ -155,87 +170,75 @@ def _product(
 ) -> Tensor:
     """The forward pass; appends what the backward needs of it to `kept`."""
     right, left = _ends(fixed, of_ends)
-    a, o, i, b = central.shape
-    c = central.reshape(a * o, i * b)
-    if left is None:
-        z = _times_right(right, x, whole(counts), i)
-        if kept is not None and _is_kept(right):
-            kept.append(z)
-        return linear(z, c)
-    y, memory = x.new_empty(len(x), left.size * o), _Memory(x)
-    for panel in panels(counts):
-        z = _times_right(right, x, [panel], i)
-        if kept is not None and _is_kept(right):
-            kept.append(z)
-        u_aoN = linear_columns(z, c).view(a, o, panel.size)
-        for expert, rows in panel.segments:
-            u_ac = u_aoN[:, :, panel.within(rows)].reshape(a, -1)
-            y_pc = left.columns(expert, u_ac, out=memory("y", left.size, u_ac.shape[1]))
-            y[rows] = y_pc.view(left.size * o, -1).T
-            if kept is not None:
-                kept.append(u_ac)
+    centre, (a, o, i, _) = _Centre(central, len(x), left is not None), central.shape
+    memory = _Memory(x)
+    y = x.new_empty(len(x), o * (a if left is None else left.size))
+    for panel in _panels(counts, left):
+        is_kept = kept is not None and _is_kept(right)
+        z_P = _times_right(right, panel, x[panel.rows], i, _Memory(x) if is_kept else memory)
+        if kept is not None and is_kept:
+            kept.append(z_P)
+        if left is None:
+            return linear(z_P, centre.matrix)
+        v_Poa = centre.times(z_P, (memory if kept is None else _Memory(x))("v", panel.size, o, a), memory)
+        if kept is not None:
+            kept.append(v_Poa)
+        w_Pop = left.multiply(panel, v_Poa, memory("w", panel.size, o, left.size))
+        y[panel.rows].view(panel.size, left.size, o).copy_(w_Pop.transpose(1, 2))
     return y
+
+
+class _Centre:
+    """C as a matrix, with its rows swapped from (a, o) to (o, a) where an end follows and that is worth a copy."""
+
+    def __init__(self, central: Tensor, tokens: int, is_followed: bool) -> None:
+        self.central = central
+        a, o, i, b = central.shape
+        self.is_swapped = is_followed and tokens > i * b
+        rows = central.transpose(0, 1) if self.is_swapped else central
+        self.matrix = rows.reshape(a * o, i * b)
+
+    def times(self, z_P: Tensor, out_Poa: Tensor, memory: _Memory) -> Tensor:
+        """Out = C z, swapped for the end that follows."""
+        tokens, o, a = out_Poa.shape
+        if self.is_swapped:
+            torch.mm(z_P, self.matrix.T, out=out_Poa.view(tokens, -1))
+        else:
+            u_P = linear(z_P, self.matrix, out=memory("u", tokens, a * o))
+            out_Poa.copy_(u_P.view(tokens, a, o).transpose(1, 2))
+        return out_Poa
+
+    def swap_back(self, dv_Poa: Tensor, memory: _Memory) -> Tensor:
+        """The gradient of `times`' result in the order of the matrix' rows, (rows, a·o)."""
+        tokens, o, a = dv_Poa.shape
+        if self.is_swapped:
+            return dv_Poa.view(tokens, -1)
+        return memory("du", tokens, a, o).copy_(dv_Poa.transpose(1, 2)).view(tokens, -1)
+
+    def gradient(self, total: Tensor | None) -> Tensor:
+        """Of C, from that of the matrix; None is none."""
+        if total is None:
+            return torch.zeros_like(self.central)
+        a, o, i, b = self.central.shape
+        d_central = total.view(o, a, i, b).transpose(0, 1) if self.is_swapped else total.view(a, o, i, b)
+        return d_central.to(self.central.dtype, memory_format=torch.contiguous_format)
+
+
+def _panels(counts: Sequence[int], left: _Ends | None) -> list[Panel]:
+    """One product for all rows, unless an end follows it that had better find its result in the cache."""
+    return whole(counts) if left is None else panels(counts)
 
 
 def _is_kept(right: _Ends | None) -> bool:
     return right is not None and right.offsets.shape[2] >= KEPT_BOND
 
 
-def _times_right(right: _Ends | None, x: Tensor, some: Sequence[Panel], i: int) -> Tensor:
-    """R x for the rows of some neighbouring panels: (rows, i·b)."""
-    if not some:
-        return x if right is None else x.new_empty(0, i * right.size)
-    first, last = some[0].rows.start, some[-1].rows.stop
+def _times_right(right: _Ends | None, panel: Panel, x_P: Tensor, i: int, memory: _Memory) -> Tensor:
+    """R x of a panel, (rows, i·b)."""
     if right is None:
-        return x[first:last]
-    z = x.new_empty((last - first) * i, right.size)
-    for panel in some:
-        for expert, rows in panel.segments:
-            inside = slice((rows.start - first) * i, (rows.stop - first) * i)
-            right.rows(expert, x[rows].view(-1, x.shape[1] // i), out=z[inside])
-    return z.view(last - first, -1)
-
-
-def _left_backward(
-    left: _Ends,
-    d_left: _EndSum | None,
-    dy: Tensor,
-    panel: Panel,
-    kept: Iterator[Tensor],
-    shape: tuple[int, int],
-    memory: _Memory,
-) -> Tensor:
-    """From dy to d(C R x), a token a row in both; good until the next panel."""
-    a, o = shape
-    du_aoN = memory("du", a, o, panel.size)
-    for expert, rows in panel.segments:
-        inside, u_ac = panel.within(rows), next(kept)
-        dy_pc = memory("dy", left.size * o, rows.stop - rows.start).copy_(dy[inside].T).view(left.size, -1)
-        if d_left is not None:
-            d_left.add(expert, dy_pc, u_ac.T)
-        if len(panel.segments) == 1:
-            left.columns(expert, dy_pc, out=du_aoN.view(a, -1), transpose=True)
-        else:
-            du_ac = left.columns(expert, dy_pc, out=memory("du of one", *u_ac.shape), transpose=True)
-            du_aoN[:, :, inside] = du_ac.view(a, o, -1)
-    return du_aoN.view(a * o, -1).T
-
-
-def _right_backward(
-    right: _Ends | None, d_right: _EndSum | None, dz: Tensor, panel: Panel, x: Tensor, dx: Tensor | None, i: int
-) -> None:
-    """From d(R x) to dx, written into its rows, and the gradient of R."""
-    if right is None:
-        if dx is not None:
-            dx[panel.rows] = dz
-        return
-    for expert, rows in panel.segments:
-        dz_rb = dz[panel.within(rows)].view(-1, right.size)
-        x_rq = x[rows].view(len(dz_rb), -1)
-        if d_right is not None:
-            d_right.add(expert, dz_rb.T, x_rq)
-        if dx is not None:
-            right.rows(expert, dz_rb, out=dx[rows].view_as(x_rq), transpose=True)
+        return x_P
+    z_Pib = memory("z", panel.size, i, right.size)
+    return right.multiply(panel, x_P.view(panel.size, i, -1), z_Pib).view(panel.size, -1)
 
 
 class _Memory:
@@ -262,24 +265,30 @@ class _Ends:
         self.factors = [1.0] * len(offsets) if factors is None else factors.tolist()
         self.has_factors = factors is not None
 
-    def rows(self, expert: int, x_rk: Tensor, out: Tensor, transpose: bool = False) -> None:
+    def multiply(self, panel: Panel, x_Prk: Tensor, out: Tensor, transpose: bool = False) -> Tensor:
+        """Out = M x for every vector of every token of a panel, M of the token's expert; or Mᵀ x."""
+        for expert, x_rk, out_rl in panel.split(x_Prk, out):
+            self._multiply(expert, x_rk, out_rl, transpose)
+        return out
+
+    def _multiply(self, expert: int, x_rk: Tensor, out: Tensor, transpose: bool) -> None:
         """Out = x Mᵀ, or x M."""
         offset, factor = self.offsets[expert], self.factors[expert]
-        if self.start is None:
-            # x + s·A x, not (1 + s·A) x: small offsets are kept that bfloat16 would round away beside a 1.
-            torch.addmm(x_rk, x_rk, offset if transpose else offset.T, beta=factor, alpha=factor * self.scale, out=out)
-        else:
+        alpha = factor * self.scale
+        if self.start is not None:
             matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
-            torch.mm(x_rk, matrix if transpose else matrix.T, out=out)
-
-    def columns(self, expert: int, v_kc: Tensor, out: Tensor, transpose: bool = False) -> Tensor:
-        """Out = M v, or Mᵀ v."""
-        offset, factor = self.offsets[expert], self.factors[expert]
-        if self.start is None:
-            mixing, alpha = offset.T if transpose else offset, factor * self.scale
-            return torch.addmm(v_kc, mixing, v_kc, beta=factor, alpha=alpha, out=out)
-        matrix = torch.add(self.start, offset, alpha=self.scale).mul_(factor)
-        return torch.mm(matrix.T if transpose else matrix, v_kc, out=out)
+        elif x_rk.numel() <= COLUMNS_SIZE:
+            mixed = linear_columns(x_rk, offset.T if transpose else offset).T
+            torch.add(x_rk if factor == 1 else x_rk * factor, mixed, alpha=alpha, out=out)
+            return
+        elif offset.element_size() < 4:
+            # x + s·A x, not (1 + s·A) x, and above too: small offsets are kept that bfloat16 would round away beside 1
+            torch.addmm(x_rk, x_rk, offset if transpose else offset.T, beta=factor, alpha=alpha, out=out)
+            return
+        else:
+            matrix = offset * alpha
+            matrix.diagonal().add_(factor)
+        torch.mm(x_rk, matrix if transpose else matrix.T, out=out)
 
 
 def _ends(fixed: Any, tensors: Sequence[Any]) -> tuple[_Ends | None, _Ends | None]:
@@ -298,9 +307,10 @@ class _EndSum:
         self.total = torch.zeros_like(ends.offsets)
         self.alpha = 1.0 if ends.has_factors else ends.scale
 
-    def add(self, expert: int, left: Tensor, right: Tensor) -> None:
-        """The gradient of one expert's M is left · right, and more of the same."""
-        self.total[expert].addmm_(left, right, alpha=self.alpha)
+    def add(self, panel: Panel, dy_Prl: Tensor, x_Prk: Tensor) -> None:
+        """The gradient of M from a panel's results M x."""
+        for expert, dy_rl, x_rk in panel.split(dy_Prl, x_Prk):
+            self.total[expert].addmm_(dy_rl.T, x_rk, alpha=self.alpha)
 
     def gradients(self) -> tuple[Tensor, Tensor | None]:
         """Of the offsets and the factors."""
@@ -320,7 +330,3 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         return torch.mm(left, right).to(wide)
     return total.addmm_(left, right) if wide == left.dtype else total.add_(torch.mm(left, right))
-
-
-def _like(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    return torch.zeros_like(tensor) if gradient is None else gradient.to(tensor.dtype).view_as(tensor)
