@@ -131,11 +131,11 @@ class _SeparableProduct(torch.autograd.Function):
             z_P = next(kept) if _is_kept(right) else None
             if left is not None:
                 v_Poa = next(kept)
-                dw_Pop = memory("dw", panel.size, v_Poa.shape[1], left.size)
+                dw_Pop = memory("wide", panel.size, v_Poa.shape[1], left.size)
                 dw_Pop.copy_(du_P.view(panel.size, left.size, -1).transpose(1, 2))
                 if d_left is not None:
                     d_left.add(panel, dw_Pop, v_Poa)
-                dv_Poa = left.multiply(panel, dw_Pop, memory("dv", *v_Poa.shape), transpose=True)
+                dv_Poa = left.multiply(panel, dw_Pop, memory("v", *v_Poa.shape), transpose=True)
                 du_P = centre.swap_back(dv_Poa, memory)
             if needs_central:
                 dc = _add_product(dc, du_P.T, _times_right(right, panel, x_P, i, memory) if z_P is None else z_P)
@@ -144,7 +144,7 @@ class _SeparableProduct(torch.autograd.Function):
                 if dx_P is not None:
                     torch.mm(du_P, centre.matrix, out=dx_P)
             elif needs_x or d_right is not None:
-                dz_Pib = memory("dz", panel.size, i, right.size)
+                dz_Pib = memory("z", panel.size, i, right.size)
                 torch.mm(du_P, centre.matrix, out=dz_Pib.view(panel.size, -1))
                 if d_right is not None:
                     d_right.add(panel, dz_Pib, x_P.view(panel.size, i, -1))
@@ -183,7 +183,7 @@ def _product(
         v_Poa = centre.times(z_P, (memory if kept is None else _Memory(x))("v", panel.size, o, a), memory)
         if kept is not None:
             kept.append(v_Poa)
-        w_Pop = left.multiply(panel, v_Poa, memory("w", panel.size, o, left.size))
+        w_Pop = left.multiply(panel, v_Poa, memory("wide", panel.size, o, left.size))
         y[panel.rows].view(panel.size, left.size, o).copy_(w_Pop.transpose(1, 2))
     return y
 
@@ -204,7 +204,7 @@ class _Centre:
         if self.is_swapped:
             torch.mm(z_P, self.matrix.T, out=out_Poa.view(tokens, -1))
         else:
-            u_P = linear(z_P, self.matrix, out=memory("u", tokens, a * o))
+            u_P = linear(z_P, self.matrix, out=memory("wide", tokens, a * o))
             out_Poa.copy_(u_P.view(tokens, a, o).transpose(1, 2))
         return out_Poa
 
@@ -213,7 +213,7 @@ class _Centre:
         tokens, o, a = dv_Poa.shape
         if self.is_swapped:
             return dv_Poa.view(tokens, -1)
-        return memory("du", tokens, a, o).copy_(dv_Poa.transpose(1, 2)).view(tokens, -1)
+        return memory("wide", tokens, a, o).copy_(dv_Poa.transpose(1, 2)).view(tokens, -1)
 
     def gradient(self, total: Tensor | None) -> Tensor:
         """Of C, from that of the matrix; None is none."""
