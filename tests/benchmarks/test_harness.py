@@ -29,8 +29,30 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def keeps_memory(monkeypatch):
+    """Whether this C library can be told to; this process is not to be changed by it."""
+    can = {"keep": False}
+    monkeypatch.setattr(harness, "_keep_memory", lambda: can["keep"])
+    return can
+
+
 def options(tmp_path, *flags):
     return parse(parser("A test."), ["--tiny", "--threads", "1", "--out", str(tmp_path / "results"), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "can", "expected"),
+    [
+        (["--short"], True, "keep"),
+        (["--short"], False, "default"),
+        (["--short", "--malloc", "default"], True, "default"),
+        (["--tiny"], True, "default"),
+    ],
+)
+def test_results_say_whether_memory_was_kept(flags, can, expected, keeps_memory):
+    keeps_memory["keep"] = can
+    assert parse(parser("A test."), ["--threads", "1", *flags]).malloc == expected
 
 
 def test_ways_take_turns_and_every_round_starts_with_another(clock):
