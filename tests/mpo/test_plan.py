@@ -124,8 +124,8 @@ def test_only_ratios_of_a_machines_constants_decide():
 
 def test_a_product_by_hand():
     machine = Machine(
-        name="by hand", flops=100.0, thin=2.0, bandwidth=8.0, memory_bandwidth=4.0, cache_bytes=400.0,
-        fresh_bandwidth=1.0, fresh_bytes=300.0, reorder_bandwidth=2.0, overhead=0.5,
+        name="by hand", flops=100.0, thin=2.0, bandwidth=8.0, memory_bandwidth=4.0, parts_bandwidth=6.0,
+        cache_bytes=400.0, fresh_bandwidth=1.0, fresh_bytes=300.0, reorder_bandwidth=2.0, overhead=0.5,
     )  # fmt: skip
     product = Product(4, 2, 5)
     assert product.flops == 80
@@ -133,6 +133,8 @@ def test_a_product_by_hand():
     in_cache = 80 * (1 + 2 / 2) / 100 + 4 * 2 * 9 / 8 + 0.5
     assert machine.seconds(product) == pytest.approx(in_cache)
     assert machine.seconds(product, working_set=800) == pytest.approx(in_cache - 72 / 8 + 72 * (0.5 / 8 + 0.5 / 4))
+    in_parts = machine.seconds(Product(4, 2, 5, is_in_parts=True), working_set=800)
+    assert in_parts == pytest.approx(in_cache - 72 / 8 + 72 * (0.5 / 8 + 0.5 / 6))
     assert machine.seconds(Product(1, 3, 5)) == pytest.approx(4 * 3 * 6 / 8 + 0.5)  # one vector: arithmetic is hidden
     assert machine.seconds(Product(4, 2, 5, copied=8)) == pytest.approx(in_cache + 2 * 4 * 8 / 2 + 0.5)
     assert machine.fresh_seconds(301) == 301

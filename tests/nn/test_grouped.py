@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mpoe.nn.grouped import FEW_ROWS, VERY_FEW_ROWS, blockwise, linear, linear_per_expert, rows_of_experts
+from mpoe.mpo.plan import VERY_FEW_ROWS
+from mpoe.nn.grouped import FEW_ROWS, blockwise, linear, linear_per_expert, rows_of_experts
 
 COUNTS = [[3, 0, 4], [0, 0, 5], [2, 2, 2], [1, 0, 0], [0, 0, 0]]
 

@@ -22,6 +22,7 @@ class Product:
         columns: Elements of what only the second operand has, count.
         is_sum: Whether there is anything that both have; an outer product sums nothing.
         copied: Elements of operands whose dimensions are not in the order of a matrix and that are copied first.
+        is_in_parts: Whether every core reads its part of the first operand, as `mpoe.nn.grouped.linear` has it.
     """
 
     rows: Count
@@ -29,6 +30,7 @@ class Product:
     columns: Count
     is_sum: bool = True
     copied: Count = 0
+    is_in_parts: bool = False
 
     @property
     def flops(self) -> Count:
@@ -55,6 +57,7 @@ class Machine:
             as many.
         bandwidth: Reading operands that are in the cache, B/s.
         memory_bandwidth: Reading operands that are not, B/s.
+        parts_bandwidth: The same where every core reads its part, B/s.
         cache_bytes: What the cache can hold of the operands, bytes.
         fresh_bandwidth: Writing a large result, for which memory is taken anew every time, B/s.
         fresh_bytes: How large such a result is, bytes.
@@ -67,6 +70,7 @@ class Machine:
     thin: float
     bandwidth: float
     memory_bandwidth: float
+    parts_bandwidth: float
     cache_bytes: float
     fresh_bandwidth: float
     fresh_bytes: float
@@ -85,10 +89,11 @@ class Machine:
         # a matrix times one vector only waits for the matrix
         flops = product.flops if min(rows, inner, columns) > 1 else 0
         read = dtype_bytes * inner * (rows + columns)
+        memory_bandwidth = self.parts_bandwidth if product.is_in_parts else self.memory_bandwidth
         hits = min(1.0, self.cache_bytes / max(read, working_set, 1))
         return (
             flops * (1 + self.thin / max(1, min(rows, inner))) * dtype_bytes / 4 / self.flops
-            + read * (hits / self.bandwidth + (1 - hits) / self.memory_bandwidth)
+            + read * (hits / self.bandwidth + (1 - hits) / memory_bandwidth)
             + self.fresh_seconds(dtype_bytes * rows * columns)
             + (self.reorder_seconds(product.copied, dtype_bytes) if product.copied else 0.0)
             + self.overhead
@@ -109,6 +114,7 @@ CPU = Machine(
     thin=3.0,
     bandwidth=75e9,
     memory_bandwidth=20e9,
+    parts_bandwidth=32e9,
     cache_bytes=16e6,
     fresh_bandwidth=4e9,
     fresh_bytes=2.0**25,
@@ -124,6 +130,7 @@ CUDA = Machine(
     thin=64.0,
     bandwidth=5.5e12,
     memory_bandwidth=3.35e12,
+    parts_bandwidth=3.35e12,
     cache_bytes=50e6,
     fresh_bandwidth=math.inf,
     fresh_bytes=math.inf,

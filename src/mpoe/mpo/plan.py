@@ -24,6 +24,7 @@ from mpoe.mpo.sites import SiteDims
 
 WAYS = ("apply", "rebuild", "cached")
 PANEL_ROWS = 1024  # tokens that go through the separable layout together, see mpoe.nn.panels
+VERY_FEW_ROWS = 8  # of a CPU's product; below, every core reads its part of the matrix, see mpoe.nn.grouped.linear
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ class _Layer:
 
     def cached(self) -> Cost:
         """One dense product per expert, with matrices that together seldom fit the processor's cache."""
-        product = Product(self.dims.out_features, self.dims.in_features, self.rows)
+        is_in_parts = self.rows < VERY_FEW_ROWS
+        product = Product(self.dims.out_features, self.dims.in_features, self.rows, is_in_parts=is_in_parts)
         memory = self.num_experts * self.matrix_bytes
         working_set, calls = self.active * self.matrix_bytes, 10 + 3 * self.active
         return self._cost([(self.active, product)], memory=memory, working_set=working_set, calls=calls)
@@ -295,10 +297,10 @@ class _Layer:
         right = [] if b * q == 1 else [(A, Product(n * i, q, b))]
         left = [] if p * a == 1 else [(A, Product(p, a, n * o))]
         panels = max(1.0, N / PANEL_ROWS)
-        central = [(panels, Product(a * o, i * b, N / panels))]
+        central = [(panels, Product(a * o, i * b, N / panels, is_in_parts=N < VERY_FEW_ROWS))]
         steps = right + central + left
         ends = A * (bool(right) + bool(left))
-        calls = 13 + 1.5 * ends
+        calls = 35 + 1.5 * ends
         if self.needs_grad:
             steps, calls = steps * 3 + right, 29 + 4 * ends
         kept = N * a * o if self.needs_grad else min(N, PANEL_ROWS) * (a * o + i * b)

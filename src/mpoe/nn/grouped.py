@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mpoe.mpo.plan import VERY_FEW_ROWS
+
 FEW_ROWS = 192
-VERY_FEW_ROWS = 8
 
 Counts = Sequence[int] | Int[Tensor, " E"]
 """Rows of every expert: a list where the host may know them, a tensor on the device where it may not."""
