@@ -272,11 +272,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="float32", choices=DTYPES)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--repeats", type=int, help="rounds of every timing, count")
-    made.add_argument(
-        "--malloc", choices=("keep", "default"), default="keep",
-        help="keep: freed memory stays with the process, as with jemalloc, so that no way is timed with the page "
-        "faults of fresh memory; glibc only",
-    )  # fmt: skip
+    keep = "keep: freed memory stays with the process, so that no page faults of fresh memory are timed; glibc only"
+    made.add_argument("--malloc", choices=("keep", "default"), default="keep", help=keep)
     made.add_argument("--out", type=Path, help="folder of the results (benchmarks/results; short: build/benchmarks)")
     made.set_defaults(size="full")
     return made

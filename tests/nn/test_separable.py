@@ -5,7 +5,11 @@ from mpoe.nn import panels, separable
 from mpoe.nn.separable import End, separable_product
 
 COUNTS = [[3, 0, 4], [0, 0, 5], [1, 0, 0], [2, 9, 1], [400, 3, 250]]
-TOLERANCES = [(torch.float64, {}), (torch.bfloat16, {"rtol": 0.05, "atol": 0.05})]
+TOLERANCES = [
+    (torch.float64, {}),
+    (torch.float32, {"rtol": 1e-5, "atol": 1e-5}),
+    (torch.bfloat16, {"rtol": 0.05, "atol": 0.05}),
+]
 
 
 def make_end(out_size, in_size, has_start, has_factors, dtype):
