@@ -85,6 +85,14 @@ def logits_of(model, batch):
         return model(**batch).logits
 
 
+def enable_checkpointing(model, **options):
+    """Under the name that this version of Transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
 def moved(model):
     """The model in evaluation mode, every parameter a little away from where it was."""
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """mpoe: any pre-trained Transformer as a parameter-efficient mixture of experts."""
 
 from mpoe.config import MPOEConfig
-from mpoe.models import active_adapter, from_pretrained, load_adapter, save_adapter, set_adapter, upcycle
+from mpoe.models import active_adapter, from_pretrained, load_adapter, merge, save_adapter, set_adapter, upcycle
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "active_adapter",
     "from_pretrained",
     "load_adapter",
+    "merge",
     "save_adapter",
     "set_adapter",
     "upcycle",

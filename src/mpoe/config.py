@@ -49,6 +49,9 @@ class MPOEConfig:
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
             singular values on both sides of every bond, as in the reference implementation.
+        feed_forward: Where a model keeps its feed-forward networks, if no row of `mpoe.models.families` says so: the
+            fields of `FeedForwardNames` there, like
+            `{"path": "layers.*.ffn", "up": "w1", "down": "w2", "activation": "act"}`.
         stacks: Which stacks' feed-forward and attention layers are changed, of "encoder" and "decoder"; None is every
             stack that the model has.
         layers: Which blocks of these stacks, by index from 0; None is all.
@@ -59,7 +62,9 @@ class MPOEConfig:
             dimensionless, >= 0. At 0 all experts are the pre-trained layer and only routing tells them apart.
         is_scale_prob: Multiply an expert's output by its router probability (as Switch does) instead of by p / p, whose
             value is 1 and whose gradient still reaches the router. Upcycling keeps the function only with False.
-        expert_bias: Biases of the expert matrices: "none", "shared" by all experts of a layer, or one an "expert".
+        expert_bias: Biases of the expert matrices: "shared" by all experts of a layer (as in the paper's code), or one
+            an "expert"; where the base has none they start at 0. "none" is for bases without biases. None is as the
+            base has them, shared.
         expert_dropout: Dropout inside the experts, in [0, 1]; None is the base model's (the reference: switch_dropout).
         capacity_factor: An expert takes at most max(4, capacity_factor · tokens / num_experts) tokens of a training
             batch, > 0; what it cannot take is dropped and passes through the residual. None drops nothing.
@@ -100,12 +105,13 @@ class MPOEConfig:
     attention_bond_dim: int | None = None
     site_dims: dict[str, Any] | None = None
     gauge: str = "identity"
+    feed_forward: dict[str, Any] | None = None
     stacks: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     offset_scale: float = 0.3
     expert_noise: float = 0.0
     is_scale_prob: bool = False
-    expert_bias: str = "none"
+    expert_bias: str | None = None
     expert_dropout: float | None = None
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -132,7 +138,7 @@ class MPOEConfig:
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
         for name, choices in (
-            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
+            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", (None, *BIASES)),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
             ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE),
         ):  # fmt: skip

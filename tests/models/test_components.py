@@ -276,7 +276,9 @@ def test_a_resized_vocabulary_is_dense_business():
 
 @pytest.mark.parametrize("component", ["attention", "word_embed"])
 def test_a_component_that_the_family_has_no_row_for_is_refused(monkeypatch, component):
-    monkeypatch.setitem(FAMILIES, "t5", dataclasses.replace(FAMILIES["t5"], **{component: None}))
+    monkeypatch.setitem(
+        FAMILIES, "t5", dataclasses.replace(FAMILIES["t5"], **{component: () if component == "attention" else None})
+    )
     mpoe.upcycle(dense_t5(), config_of(("mlp",)))
     with pytest.raises(ValueError, match=rf"known of a t5 model; its {component} is not"):
         mpoe.upcycle(dense_t5(), config_of((component,)))
@@ -294,8 +296,8 @@ def with_two_tables(model):
     model.encoder.embed_tokens.weight = nn.Parameter(torch.randn(V, 32))
 
 
-def with_padding_index(model):
-    model.shared.padding_idx = 0
+def with_largest_norm(model):
+    model.shared.max_norm = 1.0
 
 
 def with_odd_attention(model):
@@ -305,11 +307,11 @@ def with_odd_attention(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_odd_head, "lm_head must be an nn.Linear to become an MPO; it is a Sequential"),
+        (with_odd_head, "lm_head must be an nn.Linear or Conv1D to become an MPO; it is a Sequential"),
         (with_biased_tied_head, "must have no bias to become an MPO; lm_head has one"),
         (with_two_tables, "encoder.embed_tokens must look words up in the table of shared"),
-        (with_padding_index, "shared must have neither padding_idx nor max_norm"),
-        (with_odd_attention, "SelfAttention.q must be an nn.Linear to become an MPO; it is a Identity"),
+        (with_largest_norm, "shared must be an nn.Embedding without max_norm"),
+        (with_odd_attention, "SelfAttention.q must be an nn.Linear or Conv1D to become an MPO; it is a Identity"),
     ],
 )
 def test_unknown_forms_are_refused_before_anything_changes(change, message):

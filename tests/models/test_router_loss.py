@@ -7,7 +7,7 @@ import torch
 
 import mpoe
 from mpoe.models import mixtures, take_router_loss
-from tiny import tiny_batch, tiny_t5
+from tiny import enable_checkpointing, tiny_batch, tiny_t5
 
 COEF = 0.5
 
@@ -18,14 +18,6 @@ def make_model(**options):
     return mpoe.upcycle(tiny_t5(dropout_rate=0.0), config).train()
 
 
-def enable_checkpointing(model, **options):
-    """Under the name that this version of Transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
-
-
 def router_gradients(model):
     return torch.cat([layer.router.weight.grad.flatten() for layer in mixtures(model).values()])
 
@@ -33,10 +25,7 @@ def router_gradients(model):
 def test_it_is_added_in_training_only():
     model, batch = make_model(), tiny_batch()
     trained = model(**batch).loss
-    by_layer = [
-        layer.router(x).load_balancing_loss
-        for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)
-    ]
+    by_layer = [route.load_balancing_loss for route in routes_of(model, batch)]
     clean = model.eval()(**batch).loss
     assert trained.item() == pytest.approx(clean.item() + COEF * torch.stack(by_layer).mean().item(), rel=1e-5)
 
@@ -45,9 +34,16 @@ def test_it_is_added_in_training_only():
 def test_the_z_loss_has_a_weight_of_its_own(moe_type):
     model, batch = make_model(router_z_loss_coef=0.25, moe_type=moe_type), tiny_batch()
     trained = model(**batch).loss
-    routes = [layer.router(x) for layer, x in zip(mixtures(model).values(), inputs(model, batch), strict=True)]
+    routes = routes_of(model, batch)
     expected = torch.stack([COEF * r.load_balancing_loss + 0.25 * r.z_loss for r in routes]).mean()
     assert trained.item() == pytest.approx(model.eval()(**batch).loss.item() + expected.item(), rel=1e-5)
+
+
+def routes_of(model, batch):
+    """What the routers say to the encoder's real tokens and to the decoder's, which are not padded here."""
+    masks = [batch["attention_mask"].bool().flatten()] * 2 + [None] * 2
+    layers = zip(mixtures(model).values(), inputs(model, batch), masks, strict=True)
+    return [layer.router(x if mask is None else x[mask]) for layer, x, mask in layers]
 
 
 def inputs(model, batch):

@@ -2,7 +2,8 @@
 
 from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
 from mpoe.models.checkpoint import clear_load_errors, from_pretrained, load_tokenizer, read_config
-from mpoe.models.families import FAMILIES, find_feed_forwards
+from mpoe.models.families import FAMILIES
+from mpoe.models.find import find_feed_forwards
 from mpoe.models.inspect import (
     ParameterCount,
     component_modules,
@@ -14,6 +15,8 @@ from mpoe.models.inspect import (
     router_statistics,
 )
 from mpoe.models.matrices import set_compute
+from mpoe.models.merge import merge
+from mpoe.models.quantized_base import memory_bytes
 from mpoe.models.router_loss import mixtures, mpoe_config, routers, take_router_loss
 from mpoe.models.upcycle import upcycle
 
@@ -30,6 +33,8 @@ __all__ = [
     "is_upcycled",
     "load_adapter",
     "load_tokenizer",
+    "memory_bytes",
+    "merge",
     "mixtures",
     "mpo_experts",
     "mpoe_config",

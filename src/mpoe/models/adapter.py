@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_bytes, write_json
 from mpoe.models.checkpoint import align
-from mpoe.models.inspect import mpo_experts
+from mpoe.models.quantized_base import plain_tensors
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import upcycle
+from mpoe.nn import FrozenBaseExperts, MPOExperts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -82,7 +83,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         ValueError: A model without matrix product operators, another gauge or truncation, a central tensor that
             trains, nothing that trains, an active adapter of which a part is frozen, a folder that cannot be written.
     """
-    config, experts = mpoe_config(model), mpo_experts(model)
+    config, experts = mpoe_config(model), _experts(model)
     trained = _trained(model)
     if config is None or not experts:
         raise ValueError(
@@ -90,17 +91,18 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
             "them with mpoe.upcycle, or save the whole model with save_pretrained"
         )
     for name, module in experts.items():
-        if module.gauge != "identity" or module.central.numel() != module.dims.padded_out * module.dims.padded_in:
+        if isinstance(module, MPOExperts) and not _is_centred_on_base(module):
             raise ValueError(
                 f"an adapter needs gauge 'identity' and no truncated bond, so that a central tensor is the base's "
                 f"weight; {name} has gauge {module.gauge!r} and bonds {module.dims.bond_dims(module.max_bond_dim)}: "
                 "save the whole model with save_pretrained"
             )
-        if f"{name}.central" in trained:
+        central = f"{name}.{'central' if isinstance(module, MPOExperts) else 'base.weight'}"
+        if central in trained:
             raise ValueError(
-                f"an adapter leaves the central tensors to the base, so they must be frozen; {name}.central requires "
-                "a gradient: train with --tensor_learn or after central.requires_grad_(False), or save the whole "
-                "model with save_pretrained"
+                f"an adapter leaves the central tensors to the base, so they must be frozen; {central} requires a "
+                "gradient: train with --tensor_learn or after central.requires_grad_(False), or save the whole model "
+                "with save_pretrained"
             )
     if not trained:
         raise ValueError("an adapter holds the parameters that require a gradient; none does: unfreeze what you train")
@@ -261,8 +263,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
     The scales follow from the base, but the last bits of a mean depend on the machine.
     """
-    scales = {f"{name}.scales": module.scales for name, module in mpo_experts(model).items()}
+    scales = {f"{name}.scales": module.scales for name, module in _experts(model).items()}
     return {**dict(model.named_parameters()), **scales}
+
+
+def _experts(model: nn.Module) -> dict[str, MPOExperts | FrozenBaseExperts]:
+    """The MPOs of a model by name, in its order."""
+    kinds = (MPOExperts, FrozenBaseExperts)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _is_centred_on_base(experts: MPOExperts) -> bool:
+    return experts.gauge == "identity" and experts.central.numel() == experts.dims.padded_out * experts.dims.padded_in
 
 
 def _trained(model: nn.Module) -> set[str]:
@@ -278,14 +290,16 @@ def _base_hash(model: nn.Module, held: Collection[str], base: Mapping[str, Tenso
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if name not in held:
-            value = base.get(name, parameter).detach().to("cpu", parameter.dtype).contiguous()
-            digest.update(f"{name} {_dtype_name(value)} {tuple(value.shape)}\n".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy().data)
+            tensor = base[name].to(parameter.dtype) if name in base else parameter.detach()
+            for value in plain_tensors(tensor):
+                digest.update(f"{name} {_dtype_name(value)} {tuple(value.shape)}\n".encode())
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _dtypes(model: nn.Module, held: Collection[str]) -> list[str]:
-    return sorted({_dtype_name(parameter) for name, parameter in model.named_parameters() if name not in held})
+    stay = (parameter for name, parameter in model.named_parameters() if name not in held)
+    return sorted({_dtype_name(value) for parameter in stay for value in plain_tensors(parameter)})
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -30,7 +30,9 @@ from mpoe.config import MPOEConfig
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules, upcycle
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 @register_quantization_config(MPOEConfig.quant_method)
@@ -146,8 +148,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     if Path(path).is_dir() and not has_tokenizer(path):
         raise ValueError(
-            f"{path} must hold its model's tokenizer ({' or '.join(TOKENIZER_FILES)}); it has none; "
-            "write it there with tokenizer.save_pretrained"
+            f"{path} must hold its model's tokenizer ({', '.join(TOKENIZER_FILES)}); it has none of "
+            "these: write it there with tokenizer.save_pretrained"
         )
     with clear_load_errors(path):
         return AutoTokenizer.from_pretrained(path)

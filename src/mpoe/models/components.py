@@ -11,9 +11,10 @@ import dataclasses
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import FoundEmbedding
+from mpoe.models.find import FoundEmbedding, matrix_of
 from mpoe.models.matrices import empty_mpo
 from mpoe.nn import MPOEmbedding, MPOExperts, MPOLinear, MPOTiedHead, refer
 
@@ -23,7 +24,7 @@ def replace_linear(model: nn.Module, name: str, config: MPOEConfig, component: s
 
     Args:
         model: The model.
-        name: Of an `nn.Linear`.
+        name: Of an `nn.Linear` or Conv1D.
         config: What the MPO is made of.
         component: Of `mpoe.config.COMPONENTS`.
         load: Whether to take over the weights.
@@ -42,7 +43,8 @@ def replace_embedding(model: PreTrainedModel, found: FoundEmbedding, config: MPO
         load: Whether to take over the weights.
     """
     dense = model.get_submodule(found.table)
-    embedding = MPOEmbedding(_experts_like(dense, found.table, config, "word_embed", load)).train(dense.training)
+    experts = _experts_like(dense, found.table, config, "word_embed", load)
+    embedding = MPOEmbedding(experts, dense.padding_idx).train(dense.training)  # pyright: ignore[reportArgumentType]
     if found.head is not None and config.tied_head:
         _put(model, found.head, MPOTiedHead(embedding).train(dense.training))
     elif found.head is not None:
@@ -97,7 +99,7 @@ def check_embedding(model: nn.Module, found: FoundEmbedding, config: MPOEConfig)
 
 def _experts_like(layer: nn.Module, name: str, config: MPOEConfig, component: str, load: bool) -> MPOExperts:
     """One expert of the sizes, dtype and device of a dense layer."""
-    weight, bias = layer.get_parameter("weight"), _bias(layer)
+    weight, bias = matrix_of(layer), _bias(layer)
     with torch.device(weight.device):
         experts = empty_mpo(
             weight.shape[0],
@@ -118,7 +120,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _bias(layer: nn.Module) -> nn.Parameter | None:
-    return layer.bias if isinstance(layer, nn.Linear) else None
+    return layer.bias if isinstance(layer, nn.Linear | Conv1D) else None
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,54 +1,111 @@
 """Where each family of models keeps its feed-forward networks, attention and word embedding: one row a family.
 
-A new family is a new row; nothing else needs to know its name.
+A new family is a new row; nothing else needs to know its name. `mpoe.models.find` reads the rows.
+
+A name in a row is the end of a module's full name, with a star for every number; the first star is the block's index.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeVar
-
-from torch import nn
-
-from mpoe.config import MPOEConfig
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
 class FeedForwardNames:
-    """The names of one kind of feed-forward module.
+    """Where the parts of one kind of feed-forward network are.
+
+    The fields are the keys of `MPOEConfig.feed_forward`, by which users describe a model that has no row here.
 
     Attributes:
-        path: Regular expression for the module's full name, with groups `stack` and `block`.
-        up: Attribute of the matrix D -> F.
-        down: Attribute of the matrix F -> D.
-        gate: Attribute of the activated matrix D -> F of a gated FFN; None for a plain one.
-        activation: Attribute of the activation.
-        dropout: Attribute of the dropout between the activation and `down`.
+        path: Name of the module that holds the parts, "layers.*.mlp".
+        up: The matrix D -> F, a linear layer: an attribute of that module, dots allowed.
+        down: The matrix F -> D.
+        activation: The activation, a module or function.
+        gate: The activated matrix D -> F of a gated network; None for a plain one, and where `is_fused`.
+        is_fused: Whether `up` is both matrices D -> F of a gated network in one, the activated one's rows first.
+        dropout: The dropout between the activation and `down`, a module or a probability; None if there is none.
+        output_dropout: The one after `down`, if it is in the module that is replaced.
+        at: The module that the mixture replaces, where it is not the whole of `path`. The model then goes on to call
+            the other parts, which are made to pass everything through.
+        stack: "encoder" or "decoder".
     """
 
     path: str
     up: str
     down: str
+    activation: str
     gate: str | None = None
-    activation: str = "act"
-    dropout: str = "dropout"
+    is_fused: bool = False
+    dropout: str | None = None
+    output_dropout: str | None = None
+    at: str = ""
+    stack: str = "decoder"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FeedForwardNames:
+        """A user's description.
+
+        Args:
+            values: Fields and values, path, up, down and activation at least.
+
+        Raises:
+            ValueError: An unknown key, a missing one, or a value of another type.
+        """
+        known = {field.name: field for field in fields(cls)}
+        needed = {"path", "up", "down", "activation"}
+        if not needed <= values.keys() <= known.keys():
+            raise ValueError(
+                f"feed_forward must have the keys {sorted(needed)} and may have {sorted(known.keys() - needed)}; got "
+                f"{sorted(values)}"
+            )
+        for name, value in values.items():
+            kind = bool if name == "is_fused" else str
+            if not isinstance(value, kind) and not (value is None and known[name].default is None):
+                raise ValueError(f"feed_forward[{name!r}] must be of type {kind.__name__}; got {value!r}")
+        if values.get("stack", "decoder") not in ("encoder", "decoder"):
+            raise ValueError(f"feed_forward['stack'] must be 'encoder' or 'decoder'; got {values['stack']!r}")
+        if "*" not in values["path"]:
+            raise ValueError(f"feed_forward['path'] must have a star for the block's index; got {values['path']!r}")
+        return cls(**values)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The attributes of all parts that there are."""
+        return tuple(
+            name for name in (self.up, self.gate, self.down, self.activation, self.dropout, self.output_dropout) if name
+        )
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Where the attention's linear layers are.
+
+    Attributes:
+        paths: Names of the modules that hold them.
+        layers: Attributes of those, dots allowed.
+        stack: "encoder" or "decoder".
+    """
+
+    paths: tuple[str, ...]
+    layers: tuple[str, ...]
+    stack: str = "decoder"
 
 
 @dataclass(frozen=True)
 class EmbeddingNames:
-    """Regular expressions for the full names of the modules that a word embedding is made of.
+    """The modules that a word embedding is made of.
 
     Attributes:
         table: The embedding.
-        users: Other modules that look words up in the same table.
         head: The language-model head, with or without a matrix of its own.
+        users: Other modules that look words up in the same table.
     """
 
     table: str
-    users: str
     head: str
+    users: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,29 +113,136 @@ class Family:
     """Where the models of one family keep their parts.
 
     Attributes:
-        feed_forwards: One for every kind of feed-forward module.
-        attention: Regular expression for the full names of the attention's linear layers, with groups `stack` and
-            `block`; None if it is not known.
-        word_embed: None if it is not known.
+        feed_forwards: One for every kind of feed-forward network.
+        attention: One for every stack; empty if it is not known.
+        word_embed: None if it is not known, or of a form that an MPO has not.
     """
 
     feed_forwards: tuple[FeedForwardNames, ...]
-    attention: str | None = None
+    attention: tuple[AttentionNames, ...] = ()
     word_embed: EmbeddingNames | None = None
 
 
-_T5_LAYER = r"(?:^|\.)(?P<stack>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.\d+"
+def name_pattern(name: str) -> re.Pattern[str]:
+    """What matches the full names that end in a row's name; its first group is the block's index.
+
+    Args:
+        name: With a star for every number.
+    """
+    return re.compile(r"(?:^|\.)" + re.escape(name).replace(r"\*", r"(\d+)") + "$")
+
+
+def _t5() -> Family:
+    blocks = {"encoder": "encoder.block.*.layer.1", "decoder": "decoder.block.*.layer.2"}
+    common = {"down": "wo", "activation": "act", "dropout": "dropout"}
+    return Family(
+        tuple(
+            FeedForwardNames(f"{block}.DenseReluDense", **matrices, **common, stack=stack)  # pyright: ignore[reportArgumentType]
+            for stack, block in blocks.items()
+            for matrices in ({"up": "wi_1", "gate": "wi_0"}, {"up": "wi"})  # v1.1 and flan; v1.0
+        ),
+        (
+            AttentionNames(("encoder.block.*.layer.0.SelfAttention",), ("q", "k", "v", "o"), "encoder"),
+            AttentionNames(
+                ("decoder.block.*.layer.0.SelfAttention", "decoder.block.*.layer.1.EncDecAttention"),
+                ("q", "k", "v", "o"),
+            ),
+        ),
+        EmbeddingNames("shared", "lm_head", ("encoder.embed_tokens", "decoder.embed_tokens")),
+    )
+
+
+def _bert(attention: tuple[str, ...] = ("self.query", "self.key", "self.value", "output.dense")) -> Family:
+    """The model's own `output` adds the residual and normalises; of it, only the matrix is taken."""
+    names = FeedForwardNames(
+        "encoder.layer.*", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn", at="intermediate",
+        stack="encoder",
+    )  # fmt: skip
+    return Family(
+        (names,),
+        (AttentionNames(("encoder.layer.*.attention",), attention, "encoder"),),
+        EmbeddingNames("embeddings.word_embeddings", "decoder"),
+    )
+
+
+def _llama(attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> Family:
+    return Family(
+        (FeedForwardNames("layers.*.mlp", "up_proj", "down_proj", "act_fn", gate="gate_proj"),),
+        (AttentionNames(("layers.*.self_attn",), attention),),
+        EmbeddingNames("embed_tokens", "lm_head"),
+    )
+
+
+def _bart() -> Family:
+    """The matrices are attributes of the whole layer, whose forward calls them one by one."""
+    names = FeedForwardNames(
+        "decoder.layers.*", "fc1", "fc2", "activation_fn", dropout="activation_dropout", at="fc1",
+    )  # fmt: skip
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return Family(
+        (replace(names, path="encoder.layers.*", stack="encoder"), names),
+        (
+            AttentionNames(("encoder.layers.*.self_attn",), projections, "encoder"),
+            AttentionNames(("decoder.layers.*.self_attn", "decoder.layers.*.encoder_attn"), projections),
+        ),
+    )
+
+
+_GEMMA = replace(_llama(), word_embed=None)  # its embedding scales what it looks up
 
 FAMILIES: dict[str, Family] = {
-    "t5": Family(
-        feed_forwards=(
-            FeedForwardNames(_T5_LAYER + r"\.DenseReluDense$", up="wi_1", gate="wi_0", down="wo"),  # v1.1, flan
-            FeedForwardNames(_T5_LAYER + r"\.DenseReluDense$", up="wi", down="wo"),  # v1.0
+    "t5": _t5(),
+    "mt5": _t5(),
+    "gpt2": Family(
+        (FeedForwardNames("h.*.mlp", "c_fc", "c_proj", "act", output_dropout="dropout"),),
+        (AttentionNames(("h.*.attn",), ("c_attn", "c_proj")),),
+        EmbeddingNames("wte", "lm_head"),
+    ),
+    "bert": _bert(),
+    "roberta": _bert(),
+    "xlm-roberta": _bert(),
+    "electra": _bert(),
+    "deberta-v2": _bert(("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")),
+    "distilbert": Family(
+        (
+            FeedForwardNames(
+                "transformer.layer.*.ffn", "lin1", "lin2", "activation", output_dropout="dropout", stack="encoder"
+            ),
         ),
-        attention=_T5_LAYER + r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]$",
-        word_embed=EmbeddingNames(
-            table=r"(?:^|\.)shared$", users=r"(?:^|\.)(?:encoder|decoder)\.embed_tokens$", head=r"(?:^|\.)lm_head$"
-        ),
+        (AttentionNames(("transformer.layer.*.attention",), ("q_lin", "k_lin", "v_lin", "out_lin"), "encoder"),),
+        EmbeddingNames("embeddings.word_embeddings", "vocab_projector"),
+    ),
+    "bart": _bart(),
+    "mbart": _bart(),
+    "opt": Family(
+        (FeedForwardNames("decoder.layers.*", "fc1", "fc2", "activation_fn", at="fc1"),),
+        (AttentionNames(("decoder.layers.*.self_attn",), ("q_proj", "k_proj", "v_proj", "out_proj")),),
+        EmbeddingNames("embed_tokens", "lm_head"),
+    ),
+    "gpt_neox": Family(
+        (FeedForwardNames("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),),
+        (AttentionNames(("layers.*.attention",), ("query_key_value", "dense")),),
+        EmbeddingNames("embed_in", "embed_out"),
+    ),
+    "gptj": Family(
+        (FeedForwardNames("h.*.mlp", "fc_in", "fc_out", "act", output_dropout="dropout"),),
+        (AttentionNames(("h.*.attn",), ("q_proj", "k_proj", "v_proj", "out_proj")),),
+        EmbeddingNames("wte", "lm_head"),
+    ),
+    "llama": _llama(),
+    "mistral": _llama(),
+    "qwen2": _llama(),
+    "qwen3": _llama(),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gemma3": _GEMMA,
+    "phi3": replace(
+        _llama(("qkv_proj", "o_proj")),
+        feed_forwards=(FeedForwardNames("layers.*.mlp", "gate_up_proj", "down_proj", "activation_fn", is_fused=True),),
+    ),
+    "vit": Family(
+        (FeedForwardNames("layers.*.mlp", "fc1", "fc2", "activation_fn", stack="encoder"),),
+        (AttentionNames(("layers.*.attention",), ("q_proj", "k_proj", "v_proj", "o_proj"), "encoder"),),
     ),
 }
 
@@ -88,182 +252,3 @@ T5_SIZES: dict[str, dict[str, int]] = {
     "t5-large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
 }
 """Published sizes of T5 v1.0 (Raffel et al., JMLR 2020, §3.7), for counting parameters where no hub is reachable."""
-
-
-@dataclass(frozen=True)
-class FoundFeedForward:
-    """One feed-forward module of a model, with the row that describes it."""
-
-    name: str
-    module: nn.Module
-    names: FeedForwardNames
-
-
-@dataclass(frozen=True)
-class FoundEmbedding:
-    """The word embedding of a model, by the names of its modules.
-
-    Attributes:
-        table: The embedding.
-        users: Other modules that look words up in the same table.
-        head: The language-model head; None if the model has none.
-    """
-
-    table: str
-    users: tuple[str, ...]
-    head: str | None
-
-
-def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) -> list[FoundFeedForward]:
-    """The feed-forward modules that `config` asks to turn into mixtures.
-
-    Args:
-        model: The model.
-        model_type: `model.config.model_type`, a key of FAMILIES.
-        config: `stacks` and `layers` say which.
-
-    Returns:
-        At least one, in the model's order.
-
-    Raises:
-        ValueError: An unknown family, a family's model without the modules that its row names, a stack or block that
-            the model has not.
-    """
-    rows = _family(model, model_type).feed_forwards
-    found = list(_matches(model, rows))
-    if not found:
-        raise ValueError(
-            f"a {model_type} model must have feed-forward modules named like {rows[0].path}; "
-            f"{type(model).__name__} has none. Modules that look like them: {_candidates(model)}"
-        )
-    return _chosen(found, config)
-
-
-def find_attention(model: nn.Module, model_type: str, config: MPOEConfig) -> list[str]:
-    """The names of the attention's linear layers that `config` asks to turn into MPOs.
-
-    Args:
-        model: The model.
-        model_type: As in `find_feed_forwards`.
-        config: `stacks` and `layers` say which.
-
-    Returns:
-        At least one, in the model's order.
-
-    Raises:
-        ValueError: A family whose attention is not known, layers that are not there or not `nn.Linear`, a stack or
-            block that the model has not.
-    """
-    path = _family(model, model_type).attention
-    if path is None:
-        raise _unknown("attention", model_type)
-    found = [(name, place) for name, _ in model.named_modules() if (place := re.search(path, name))]
-    if not found:
-        raise ValueError(f"a {model_type} model must have attention named like {path}; {type(model).__name__} has none")
-    for name, _ in found:
-        _require_type(model, name, nn.Linear)
-    return _chosen(found, config)
-
-
-def find_embedding(model: nn.Module, model_type: str) -> FoundEmbedding:
-    """The word embedding of a model.
-
-    Args:
-        model: The model.
-        model_type: As in `find_feed_forwards`.
-
-    Raises:
-        ValueError: A family whose embedding is not known, modules that are not there, not `nn.Embedding` and
-            `nn.Linear`, or of a form that an MPO has not.
-    """
-    names = _family(model, model_type).word_embed
-    if names is None:
-        raise _unknown("word_embed", model_type)
-    # with duplicates: after a resize the users are the very same module under several names
-    there = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    tables, users, heads = (
-        [name for name in there if re.search(path, name)] for path in (names.table, names.users, names.head)
-    )
-    if len(tables) != 1 or len(heads) > 1:
-        raise ValueError(
-            f"a {model_type} model must have one word embedding named like {names.table} and at most one head like "
-            f"{names.head}; {type(model).__name__} has {tables} and {heads}"
-        )
-    for name in (*tables, *users):
-        embedding = _require_type(model, name, nn.Embedding)
-        if embedding.padding_idx is not None or embedding.max_norm is not None:
-            raise ValueError(f"{name} must have neither padding_idx nor max_norm to become an MPO; it is {embedding}")
-    for name in heads:
-        _require_type(model, name, nn.Linear)
-    return FoundEmbedding(tables[0], tuple(users), heads[0] if heads else None)
-
-
-def _family(model: nn.Module, model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type must be one of {sorted(FAMILIES)}; got {model_type!r}. Modules that look like its "
-            f"feed-forward networks: {_candidates(model)}; a row in mpoe/models/families.py describes a new family"
-        )
-    return FAMILIES[model_type]
-
-
-def _unknown(component: str, model_type: str) -> ValueError:
-    return ValueError(
-        f"mpo_layers must be among what is known of a {model_type} model; its {component} is not: leave that out, or "
-        "complete the family's row in mpoe/models/families.py"
-    )
-
-
-_Layer = TypeVar("_Layer", nn.Linear, nn.Embedding)
-
-
-def _require_type(model: nn.Module, name: str, kind: type[_Layer]) -> _Layer:
-    module = model.get_submodule(name)
-    if not isinstance(module, kind):
-        raise ValueError(f"{name} must be an nn.{kind.__name__} to become an MPO; it is a {type(module).__name__}")
-    return module
-
-
-_Part = TypeVar("_Part")
-
-
-def _chosen(found: list[tuple[_Part, re.Match[str]]], config: MPOEConfig) -> list[_Part]:
-    """Those in the stacks and blocks that `config` names."""
-    stacks = {place.group("stack") for _, place in found}
-    blocks = {int(place.group("block")) for _, place in found}
-    if config.stacks is not None and not set(config.stacks) <= stacks:
-        raise ValueError(f"stacks must be among the model's {sorted(stacks)}; got {list(config.stacks)}")
-    if config.layers is not None and not set(config.layers) <= blocks:
-        raise ValueError(f"layers must be among the model's 0..{max(blocks)}; got {list(config.layers)}")
-    return [
-        part
-        for part, place in found
-        if (config.stacks is None or place.group("stack") in config.stacks)
-        and (config.layers is None or int(place.group("block")) in config.layers)
-    ]
-
-
-def _matches(model: nn.Module, rows: tuple[FeedForwardNames, ...]) -> Iterator[tuple[FoundFeedForward, re.Match[str]]]:
-    for name, module in model.named_modules():
-        for names in rows:
-            place = re.search(names.path, name)
-            needed = (names.up, names.down, names.activation, names.dropout, names.gate or names.up)
-            if place and all(hasattr(module, attribute) for attribute in needed):
-                yield FoundFeedForward(name, module, names), place
-                break
-
-
-def _candidates(model: nn.Module, limit: int = 5) -> list[str]:
-    """Names of modules with two or three linear layers and nothing else that is large."""
-    names = [
-        f"{name} ({type(module).__name__}: {', '.join(n for n, child in module.named_children() if _is_linear(child))})"
-        for name, module in model.named_modules()
-        if 2 <= sum(_is_linear(child) for child in module.children()) <= 3
-        and not any(list(child.children()) for child in module.children())
-    ]
-    return names[:limit] + (["..."] if len(names) > limit else [])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)

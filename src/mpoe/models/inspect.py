@@ -8,7 +8,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mpoe.models.router_loss import mixtures, routers
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOEmbedding, MPOExperts, MPOLinear, RouterStatistics
+from mpoe.nn import (
+    DenseExperts,
+    FrozenBaseExperts,
+    MoEFeedForward,
+    MPOEmbedding,
+    MPOExperts,
+    MPOLinear,
+    RouterStatistics,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,18 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         model: Any model.
     """
     central = auxiliary = dense = whole = one_token = 0
+    total = sum(p.numel() for p in model.parameters())
     router = sum(p.numel() for r in routers(model).values() for p in r.parameters())
     top_k = {id(e): layer.router.top_k for layer in mixtures(model).values() for e in layer.modules() if layer.router}
     for experts in model.modules():
-        if isinstance(experts, MPOExperts):
-            shared, own = experts.central.numel(), sum(p.numel() for p in experts.offsets)
+        if isinstance(experts, MPOExperts | FrozenBaseExperts):
+            own = sum(p.numel() for p in experts.offsets)
             matrix = experts.dims.out_features * experts.dims.in_features
+            if isinstance(experts, MPOExperts):
+                shared = experts.central.numel()
+            else:  # the base's weight may be packed
+                shared = matrix
+                total += matrix - sum(p.numel() for p in experts.base.parameters())
             central += shared
             auxiliary += own
             one_token += shared + own // experts.num_experts * top_k.get(id(experts), 1)
@@ -65,7 +79,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             continue
         dense += matrix
         whole += matrix * experts.num_experts
-    total = sum(p.numel() for p in model.parameters())
     other = total - central - auxiliary - router
     return ParameterCount(
         other=other,
@@ -112,7 +125,7 @@ def mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
 
 def is_upcycled(model: nn.Module) -> bool:
     """Whether a model has MPOs or experts."""
-    return any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules())
+    return any(isinstance(module, MPOExperts | DenseExperts | FrozenBaseExperts) for module in model.modules())
 
 
 def component_modules(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:

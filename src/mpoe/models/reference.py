@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import find_feed_forwards
+from mpoe.models.find import find_feed_forwards
 from mpoe.models.reference_file import read_checkpoint
 from mpoe.models.reference_names import ReferenceLayout, ReferenceMatrix, check_names, find_matrices, plain_names
 from mpoe.models.upcycle import swap_modules

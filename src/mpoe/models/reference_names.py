@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import find_attention
+from mpoe.models.find import find_attention
 from mpoe.models.reference_file import SITE_KEY
 
 

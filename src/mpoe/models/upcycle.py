@@ -5,17 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mpoe.config import MPOEConfig
 from mpoe.models.components import check_embedding, replace_embedding, replace_linear, with_tied_head
-from mpoe.models.families import FoundEmbedding, FoundFeedForward, find_attention, find_embedding, find_feed_forwards
+from mpoe.models.find import (
+    FoundEmbedding,
+    FoundFeedForward,
+    find_attention,
+    find_embedding,
+    find_feed_forwards,
+    matrix_of,
+)
 from mpoe.models.inspect import is_upcycled
 from mpoe.models.matrices import empty_mpo, set_compute
+from mpoe.models.padding import add_padding_hooks
+from mpoe.models.quantized_base import frozen_base_experts, is_quantized, take_over_quantizer
 from mpoe.models.router_loss import add_router_loss_hook
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
+from mpoe.nn import DenseExperts, FrozenBaseExperts, MoEFeedForward, MPOExperts, TopKRouter
 
 
 def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrainedModel:
@@ -27,7 +36,8 @@ def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrai
     without a mixture (`num_experts=1` or `moe_type="none"`).
 
     Args:
-        model: Any model of a family in `mpoe.models.families`, on any device, in any floating dtype.
+        model: Any model of a family in `mpoe.models.families`, or one that `config.feed_forward` describes; on any
+            device, in any floating dtype.
         config: What the mixture is made of; None is `MPOEConfig()`.
 
     Returns:
@@ -48,8 +58,11 @@ def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrai
         check_embedding(model, found.embedding, config)
     generator = torch.Generator().manual_seed(config.seed)
     for feed_forward in logging.tqdm(found.feed_forwards, desc="Upcycling", delay=2):  # silent where it takes no time
-        _replace(model, feed_forward, _mixture_like(feed_forward, config), generator, config.expert_noise)
+        mixture = _mixture_like(feed_forward, config)
+        _load(mixture, feed_forward, generator, config.expert_noise)
+        _put(model, feed_forward, mixture)
     _replace_others(model, found, config, load=True)
+    take_over_quantizer(model)
     _mark(model, config)
     return model
 
@@ -65,11 +78,10 @@ def swap_modules(model: PreTrainedModel, config: MPOEConfig) -> None:
     if found.embedding is not None:
         config = with_tied_head(model, found.embedding, config)
     for feed_forward in found.feed_forwards:
-        mixture = _mixture_like(feed_forward, config)
-        model.set_submodule(feed_forward.name, mixture)
+        _put(model, feed_forward, _mixture_like(feed_forward, config))
         kept = set(model._keep_in_fp32_modules or ())
         if feed_forward.names.down in kept:  # T5 overflows in float16 there
-            model._keep_in_fp32_modules = {*kept, f"{feed_forward.name}.down"}
+            model._keep_in_fp32_modules = {*kept, f"{feed_forward.place}.down"}
     _replace_others(model, found, config, load=False)
     _mark(model, config)
 
@@ -110,36 +122,62 @@ def _mark(model: PreTrainedModel, config: MPOEConfig) -> None:
     model.config.quantization_config = config
     set_compute(model, config)
     add_router_loss_hook(model)
+    add_padding_hooks(model)
 
 
 def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeedForward:
-    """An empty mixture with the sizes, dtypes, device and mode of a dense feed-forward module."""
-    module, names = feed_forward.module, feed_forward.names
+    """An empty mixture with the sizes, dtypes, device and mode of a dense feed-forward network."""
+    names = feed_forward.names
 
-    def experts(name: str) -> MPOExperts | DenseExperts:
-        weight = _weight(module, name)
+    def experts(name: str) -> MPOExperts | DenseExperts | FrozenBaseExperts:
+        linear = feed_forward.linear(name)
+        weight, has_bias = matrix_of(linear), getattr(linear, "bias", None) is not None
+        if is_quantized(linear):
+            num_experts = config.num_experts if config.is_mixture else 1
+            return frozen_base_experts(linear, config, name, num_experts, _bias_kind(config, has_bias, name))
         with torch.device(weight.device):
-            empty = _empty_experts(weight.shape[0], weight.shape[1], config, name)
+            empty = _empty_experts(weight.shape[0], weight.shape[1], config, name, _bias_kind(config, has_bias, name))
         empty.requires_grad_(weight.requires_grad)
         return empty.to(weight.dtype)
 
-    up = experts(names.up)
-    gate = None if names.gate is None else experts(names.gate)
-    weight = _weight(module, names.up)
+    up, weight = experts(names.up), matrix_of(feed_forward.linear(names.up))
+    width = weight.shape[1]
+    if isinstance(up, FrozenBaseExperts):  # whose weight may be packed
+        width, weight = up.dims.in_features, up.offsets[0]
     router = None
     if config.is_mixture:
         with torch.device(weight.device):
-            router = _empty_router(weight.shape[1], config).to(weight.dtype)
-    dropout = getattr(module, names.dropout).p if config.expert_dropout is None else config.expert_dropout
-    mixture = MoEFeedForward(router, up, experts(names.down), getattr(module, names.activation), gate, dropout)
-    return mixture.train(module.training)
+            router = _empty_router(width, config).to(weight.dtype)
+    mixture = MoEFeedForward(
+        router,
+        up,
+        experts(names.down),
+        feed_forward.activation(),
+        None if names.gate is None else experts(names.gate),
+        feed_forward.dropout(names.dropout) if config.expert_dropout is None else config.expert_dropout,
+        feed_forward.dropout(names.output_dropout),
+        names.is_fused,
+    )
+    return mixture.train(feed_forward.module.training)
 
 
-def _empty_experts(out_features: int, in_features: int, config: MPOEConfig, name: str) -> MPOExperts | DenseExperts:
+def _bias_kind(config: MPOEConfig, has_bias: bool, name: str) -> str:
+    if config.expert_bias is None:
+        return "shared" if has_bias else "none"
+    if has_bias and config.expert_bias == "none":
+        raise ValueError(
+            f"expert_bias must be 'shared', 'expert' or None for a base with biases; got 'none', and {name} has one"
+        )
+    return config.expert_bias
+
+
+def _empty_experts(
+    out_features: int, in_features: int, config: MPOEConfig, name: str, bias: str
+) -> MPOExperts | DenseExperts:
     if "mlp" not in config.mpo_layers:
-        return DenseExperts(out_features, in_features, config.num_experts, config.expert_bias)
+        return DenseExperts(out_features, in_features, config.num_experts, bias)
     num_experts = config.num_experts if config.is_mixture else 1
-    return empty_mpo(out_features, in_features, config, "mlp", name, num_experts, config.expert_bias)
+    return empty_mpo(out_features, in_features, config, "mlp", name.rpartition(".")[2], num_experts, bias)
 
 
 def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
@@ -158,19 +196,32 @@ def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
     )
 
 
-def _replace(
-    model: nn.Module, feed_forward: FoundFeedForward, mixture: MoEFeedForward, generator: torch.Generator, noise: float
-) -> None:
-    names, module = feed_forward.names, feed_forward.module
+def _load(mixture: MoEFeedForward, feed_forward: FoundFeedForward, generator: torch.Generator, noise: float) -> None:
+    names = feed_forward.names
     for experts, name in ((mixture.up, names.up), (mixture.gate, names.gate), (mixture.down, names.down)):
         if experts is not None and name is not None:
-            experts.load_matrix(_weight(module, name))
+            if not isinstance(experts, FrozenBaseExperts):  # they are around the matrix already
+                linear = feed_forward.linear(name)
+                experts.load_matrix(matrix_of(linear), getattr(linear, "bias", None))
             if noise:
                 experts.add_noise(noise, generator)
     if mixture.router is not None:
         mixture.router.initialize(generator)
-    model.set_submodule(feed_forward.name, mixture)
 
 
-def _weight(module: nn.Module, name: str) -> Tensor:
-    return module.get_parameter(f"{name}.weight")
+def _put(model: nn.Module, feed_forward: FoundFeedForward, mixture: MoEFeedForward) -> None:
+    """Put a mixture into its place, and make the parts that the model goes on to call pass everything through."""
+    names, module = feed_forward.names, feed_forward.module
+    model.set_submodule(feed_forward.place, mixture)
+    if not names.at:
+        return
+    for part in names.parts:
+        if part != names.at and not part.startswith(f"{names.at}."):
+            owner, _, attribute = part.rpartition(".")
+            nothing = 0.0 if part == names.dropout and not _is_module(module, part) else nn.Identity()
+            setattr(module.get_submodule(owner), attribute, nothing)
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    return isinstance(getattr(module.get_submodule(owner), attribute), nn.Module)

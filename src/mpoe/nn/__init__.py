@@ -4,6 +4,7 @@ from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts, per_token
 from mpoe.nn.feed_forward import MoEFeedForward
+from mpoe.nn.frozen_base import FrozenBaseExperts
 from mpoe.nn.linear import MPOEmbedding, MPOLinear, MPOTiedHead, refer
 from mpoe.nn.matrix_cache import MatrixCache
 from mpoe.nn.router import RouterOutput, TopKRouter, load_balancing_loss, router_z_loss
@@ -13,6 +14,7 @@ __all__ = [
     "Accumulation",
     "DenseExperts",
     "Dispatch",
+    "FrozenBaseExperts",
     "MPOEmbedding",
     "MPOExperts",
     "MPOLinear",

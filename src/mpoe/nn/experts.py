@@ -72,7 +72,7 @@ class MPOExperts(nn.Module):
         shapes = dims.site_shapes(max_bond_dim)
         self.central = nn.Parameter(torch.empty(shapes[dims.central]))
         self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
-        self.bias = _empty_bias(bias, num_experts, dims.out_features)
+        self.bias = empty_bias(bias, num_experts, dims.out_features)
         self.way: str | None = None
         self.save_bytes = 0
         self.cache: MatrixCache | None = None
@@ -105,14 +105,14 @@ class MPOExperts(nn.Module):
         """
         operator = decompose(matrix, self.dims, self.max_bond_dim, self.gauge)
         self.central.copy_(operator.central)
-        central_rms = _rms(operator.central) or 1.0
+        central_rms = root_mean_square(operator.central) or 1.0
         for n, (k, is_unit) in enumerate(zip(self.dims.auxiliary, self._unit_starts, strict=True)):
             start = operator.sites[k]
-            self.scales[n] = self.offset_scale * _rms(start) / central_rms
+            self.scales[n] = self.offset_scale * root_mean_square(start) / central_rms
             self.offsets[n].zero_()
             if not is_unit:
                 self.get_buffer(f"start_{k}").copy_(start)
-        _load_bias(self.bias, bias)
+        load_bias(self.bias, bias)
 
     @torch.no_grad()
     def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
@@ -123,7 +123,7 @@ class MPOExperts(nn.Module):
             generator: A CPU generator, so that every device draws the same.
         """
         for n, offset in enumerate(self.offsets):
-            std = relative_std * _rms(self._start(n)) / self.scales[n].item()
+            std = relative_std * root_mean_square(self._start(n)) / self.scales[n].item()
             offset.add_(torch.randn(offset.shape, generator=generator).to(offset) * std)
 
     def expert(self, index: int) -> MPO:
@@ -154,7 +154,7 @@ class MPOExperts(nn.Module):
         """
         dtype = compute_dtype(self.central)
         with without_autocast(x.device):
-            return _add_bias(self._products(x.to(dtype), counts, way or self.way), self.bias, counts)
+            return add_bias(self._products(x.to(dtype), counts, way or self.way), self.bias, counts)
 
     def _products(self, x: Tensor, counts: Counts, way: str | None) -> Tensor:
         if isinstance(counts, Tensor):
@@ -293,7 +293,7 @@ class DenseExperts(nn.Module):
     def __init__(self, out_features: int, in_features: int, num_experts: int, bias: str = "none") -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.bias = _empty_bias(bias, num_experts, out_features)
+        self.bias = empty_bias(bias, num_experts, out_features)
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     @torch.no_grad()
@@ -302,12 +302,12 @@ class DenseExperts(nn.Module):
     ) -> None:
         """Make every expert a copy of the given matrix; arguments as in `MPOExperts.load_matrix`."""
         self.weight.copy_(matrix.expand_as(self.weight))
-        _load_bias(self.bias, bias)
+        load_bias(self.bias, bias)
 
     @torch.no_grad()
     def add_noise(self, relative_std: float, generator: torch.Generator) -> None:
         """Normal noise on every expert; arguments as in `MPOExperts.add_noise`."""
-        std = relative_std * _rms(self.weight)
+        std = relative_std * root_mean_square(self.weight)
         self.weight.add_(torch.randn(self.weight.shape, generator=generator).to(self.weight) * std)
 
     def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
@@ -319,7 +319,7 @@ class DenseExperts(nn.Module):
         dtype = compute_dtype(self.weight)
         with without_autocast(x.device):
             y = linear_per_expert(x.to(dtype), counts, self.weight.to(dtype))
-            return _add_bias(y, self.bias, counts)
+            return add_bias(y, self.bias, counts)
 
 
 def per_token(
@@ -339,21 +339,24 @@ def per_token(
     return y + torch.stack([experts.bias[min(e, len(experts.bias) - 1)] for e in expert_of_token])
 
 
-def _rms(tensor: Tensor) -> float:
+def root_mean_square(tensor: Tensor) -> float:
     """Root mean square; the sum in float64, or it loses four digits for a large matrix."""
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item() / tensor.numel() ** 0.5
 
 
-def _empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:
+def empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:
+    """Biases without values, (1 or E, out_features); see `MPOExperts` for the kinds."""
     return None if kind == "none" else nn.Parameter(torch.empty(num_experts if kind == "expert" else 1, out_features))
 
 
-def _load_bias(bias: nn.Parameter | None, value: Tensor | None) -> None:
+def load_bias(bias: nn.Parameter | None, value: Tensor | None) -> None:
+    """Make all biases the base's; None is 0."""
     if bias is not None:
         bias.copy_(torch.zeros_like(bias) if value is None else value.expand_as(bias))
 
 
-def _add_bias(y: Tensor, bias: nn.Parameter | None, counts: Counts) -> Tensor:
+def add_bias(y: Tensor, bias: nn.Parameter | None, counts: Counts) -> Tensor:
+    """Rows sorted by expert, each with its expert's bias."""
     if bias is None:
         return y
     if len(bias) == 1:

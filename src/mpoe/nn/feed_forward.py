@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts
+from mpoe.nn.frozen_base import FrozenBaseExperts
 from mpoe.nn.grouped import Counts, all_rows
 from mpoe.nn.panels import panels
 from mpoe.nn.router import RouterOutput, TopKRouter
@@ -29,8 +30,13 @@ class MoEFeedForward(nn.Module):
         activation: The base model's activation.
         gate: Experts' matrices F × D of a gated FFN, the ones that are activated; None for a plain FFN.
         dropout: Probability, between the activation and `down`.
+        output_dropout: Probability, after everything.
+        is_fused: Whether `up` is 2F × D: the gate's matrices first, then those that are not activated.
 
     Attributes:
+        token_mask: Which tokens are no padding; None is all. Padding is computed like everything else, but it takes no
+            expert's capacity and does not count in losses and shares. Of a mask that is longer than the input, the last
+            tokens are meant, as with a cache of keys and values.
         router_output: What the router decided in the last forward; None after the model's loss has taken it.
         usage: What it has decided since `reset_usage`; None before the first forward.
     """
@@ -38,11 +44,13 @@ class MoEFeedForward(nn.Module):
     def __init__(
         self,
         router: TopKRouter | None,
-        up: MPOExperts | DenseExperts,
-        down: MPOExperts | DenseExperts,
+        up: MPOExperts | DenseExperts | FrozenBaseExperts,
+        down: MPOExperts | DenseExperts | FrozenBaseExperts,
         activation: Callable[[Tensor], Tensor],
-        gate: MPOExperts | DenseExperts | None = None,
+        gate: MPOExperts | DenseExperts | FrozenBaseExperts | None = None,
         dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        is_fused: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
@@ -51,6 +59,9 @@ class MoEFeedForward(nn.Module):
         self.down = down
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
+        self.output_dropout = nn.Dropout(output_dropout)
+        self.is_fused = is_fused
+        self.token_mask: Bool[Tensor, "B S"] | None = None
         self.router_output: RouterOutput | None = None
         self.usage: RouterUsage | None = None
 
@@ -58,16 +69,24 @@ class MoEFeedForward(nn.Module):
         """The routed experts' FFNs for every token; 0 for a token that all its experts dropped."""
         x_TD = x.reshape(-1, x.shape[-1])
         if self.router is None:
-            return self._experts(x_TD, all_rows(x_TD)).reshape(x.shape)
-        route = self.router(x_TD)
+            return self.output_dropout(self._experts(x_TD, all_rows(x_TD)).reshape(x.shape))
+        route = self.router(x_TD, self._mask(len(x_TD)))
         self._record(route)
         dispatch = Dispatch.by_expert(route)
         y_ND = self._experts_in_turn(dispatch.dispatch(x_TD), dispatch.counts)
-        return dispatch.combine(y_ND, route.weight).reshape(x.shape)
+        return self.output_dropout(dispatch.combine(y_ND, route.weight).reshape(x.shape))
 
     def reset_usage(self) -> None:
         """Start counting anew."""
         self.usage = None
+
+    def _mask(self, tokens: int) -> Tensor | None:
+        if self.token_mask is None:
+            return None
+        batch, length = self.token_mask.shape
+        if tokens % batch or tokens // batch > length:  # somebody else's tokens
+            return None
+        return self.token_mask[:, length - tokens // batch :].reshape(-1)
 
     def _experts_in_turn(self, x_ND: Tensor, counts: Counts) -> Tensor:
         """Where nothing is kept for a backward, a few experts go through the whole layer before the next ones start.
@@ -83,7 +102,13 @@ class MoEFeedForward(nn.Module):
 
     def _experts(self, x_ND: Tensor, counts: Counts) -> Tensor:
         h_NF = self.up(x_ND, counts)
-        h_NF = self.activation(h_NF) if self.gate is None else self.activation(self.gate(x_ND, counts)) * h_NF
+        if self.is_fused:
+            gate_NF, h_NF = h_NF.chunk(2, dim=-1)
+            h_NF = self.activation(gate_NF) * h_NF
+        elif self.gate is not None:
+            h_NF = self.activation(self.gate(x_ND, counts)) * h_NF
+        else:
+            h_NF = self.activation(h_NF)
         return self.down(self.dropout(h_NF), counts)
 
     def _record(self, route: RouterOutput) -> None:

@@ -132,7 +132,8 @@ def rows_of_experts(of_expert: Float[Tensor, "E l"], counts: Counts, num_rows: i
         num_rows: N, their sum.
     """
     repeats = counts if isinstance(counts, Tensor) else torch.tensor(list(counts), device=of_expert.device)
-    return torch.repeat_interleave(of_expert, repeats, dim=0, output_size=num_rows)
+    wide = of_expert.to(torch.promote_types(of_expert.dtype, torch.float32))  # its gradient is a long sum
+    return torch.repeat_interleave(wide, repeats, dim=0, output_size=num_rows).to(of_expert.dtype)
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:

@@ -43,6 +43,7 @@ class MPOEmbedding(nn.Module):
 
     Args:
         experts: One expert without a bias; its outputs are the V rows.
+        padding_idx: A token whose row gets no gradient, as in `nn.Embedding`; None is no such token.
 
     Attributes:
         num_embeddings: V.
@@ -52,13 +53,14 @@ class MPOEmbedding(nn.Module):
         ValueError: More than one expert, or a bias.
     """
 
-    def __init__(self, experts: MPOExperts) -> None:
+    def __init__(self, experts: MPOExperts, padding_idx: int | None = None) -> None:
         super().__init__()
         if experts.bias is not None:
             raise ValueError("an embedding has no bias; its experts have one: make them with bias='none'")
         self.experts = _single(experts)
         self.num_embeddings = experts.dims.out_features
         self.embedding_dim = experts.dims.in_features
+        self.padding_idx = padding_idx
 
     def forward(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """The rows of the table; in its own dtype under autocast too, as those of `nn.Embedding` are.
@@ -81,6 +83,8 @@ class MPOEmbedding(nn.Module):
                 rows_TD = self._separable_rows(ids_T)
             else:
                 rows_TD = nn.functional.embedding(ids_T, self._table())
+        if self.padding_idx is not None and torch.is_grad_enabled():
+            rows_TD = torch.where(ids_T[:, None] == self.padding_idx, rows_TD.detach(), rows_TD)
         return rows_TD.view(*token_ids.shape, self.embedding_dim)
 
     def _table(self) -> Tensor:

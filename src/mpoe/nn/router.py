@@ -27,7 +27,8 @@ class RouterOutput:
         logits: Of every expert.
         probabilities: Their softmax.
         dropped: Assignments that found their expert full, count.
-        tokens_per_expert: Tokens that every expert gets, count.
+        mask: Which tokens are no padding; None is all.
+        tokens_per_expert: Tokens that every expert gets, padding too, count.
     """
 
     expert_index: Int[Tensor, "T K"]
@@ -36,22 +37,31 @@ class RouterOutput:
     logits: Float[Tensor, "T E"]
     probabilities: Float[Tensor, "T E"]
     dropped: Int[Tensor, ""]
+    mask: Bool[Tensor, " T"] | None = None
     tokens_per_expert: Int[Tensor, " E"] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens_per_expert = _count(self.expert_index, self.logits.shape[1], self.kept)
 
     @property
+    def real_tokens_per_expert(self) -> Int[Tensor, " E"]:
+        """Tokens that every expert gets, without padding, count."""
+        if self.mask is None:
+            return self.tokens_per_expert
+        kept = self.mask[:, None].expand_as(self.expert_index)
+        return _count(self.expert_index, self.logits.shape[1], kept if self.kept is None else kept & self.kept)
+
+    @property
     def load_balancing_loss(self) -> Float[Tensor, ""]:
         """Dimensionless; 1 when balanced."""
         # of the first choices, whatever becomes of them: a full expert shall still be felt as full
-        first_choices = _count(self.expert_index[:, 0], self.logits.shape[1])
-        return load_balancing_loss(self.probabilities, first_choices)
+        first_choices = _count(self.expert_index[:, 0], self.logits.shape[1], self.mask)
+        return load_balancing_loss(self.probabilities, first_choices, self.mask)
 
     @property
     def z_loss(self) -> Float[Tensor, ""]:
         """Mean square of the log of the softmax's denominator, nats²."""
-        return router_z_loss(self.logits)
+        return router_z_loss(self.logits, self.mask)
 
 
 class TopKRouter(nn.Module):
@@ -117,8 +127,13 @@ class TopKRouter(nn.Module):
         self.weight.copy_(drawn)
         self.bias.zero_()
 
-    def forward(self, x: Float[Tensor, "T D"]) -> RouterOutput:
-        """Route every token."""
+    def forward(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> RouterOutput:
+        """Route every token.
+
+        Args:
+            x: The tokens.
+            mask: Which of them are no padding; None is all. Padding is routed, and never dropped for want of room.
+        """
         with without_autocast(x.device):
             logits = self._logits(x.float())
             probabilities = logits.softmax(dim=-1)
@@ -130,7 +145,7 @@ class TopKRouter(nn.Module):
         else:
             weight = top_probability / top_probability.sum(dim=-1, keepdim=True)
         kept = self._wanted(weight)
-        kept, dropped = self._within_capacity(expert_index, kept)
+        kept, dropped = self._within_capacity(expert_index, kept, mask)
         return RouterOutput(
             expert_index=expert_index,
             weight=weight,
@@ -138,6 +153,7 @@ class TopKRouter(nn.Module):
             logits=logits,
             probabilities=probabilities,
             dropped=dropped,
+            mask=mask,
         )
 
     def _logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
@@ -167,7 +183,7 @@ class TopKRouter(nn.Module):
         return wanted.index_fill(1, torch.zeros(1, dtype=torch.long, device=weight.device), True)
 
     def _within_capacity(
-        self, expert_index: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"] | None
+        self, expert_index: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"] | None, mask: Bool[Tensor, " T"] | None
     ) -> tuple[Bool[Tensor, "T K"] | None, Int[Tensor, ""]]:
         """Cut what exceeds an expert's capacity: first choices go before second ones, and earlier tokens before later.
 
@@ -179,10 +195,18 @@ class TopKRouter(nn.Module):
         if factor is None:
             return kept, torch.zeros((), dtype=torch.long, device=expert_index.device)
         asked = torch.ones_like(expert_index, dtype=torch.bool) if kept is None else kept
+        if mask is None:
+            takes_room, capacity = asked, max(MIN_CAPACITY, int(factor * tokens / self.num_experts))
+        else:
+            takes_room = asked & mask[:, None]
+            # in float64, as the host computes it, or padding could change a capacity by one; Apple's GPUs have none
+            tokens_there = mask.sum(dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
+            capacity = (factor * tokens_there / self.num_experts).floor().clamp(min=MIN_CAPACITY)
         one_hot_NE = nn.functional.one_hot(expert_index.T.reshape(-1), self.num_experts)
-        one_hot_NE = one_hot_NE * asked.T.reshape(-1, 1)
-        place = (one_hot_NE.cumsum(dim=0) * one_hot_NE).sum(dim=1).view(num_choices, tokens).T  # 1, 2, .. in its expert
-        within = asked & (place <= max(MIN_CAPACITY, int(factor * tokens / self.num_experts)))
+        one_hot_NE = one_hot_NE * takes_room.T.reshape(-1, 1)
+        # 1, 2, .. in its expert; 0 for what takes no room
+        place = (one_hot_NE.cumsum(dim=0) * one_hot_NE).sum(dim=1).view(num_choices, tokens).T
+        within = asked & (place <= capacity)
         return within, asked.sum() - within.sum()
 
 
@@ -194,12 +218,15 @@ def _count(
     return expert_index.new_zeros(num_experts).scatter_add_(0, expert_index.flatten(), ones.flatten())
 
 
-def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:
+def load_balancing_loss(
+    probabilities: Float[Tensor, "T E"], tokens_per_expert: Int[Tensor, " E"], mask: Bool[Tensor, " T"] | None = None
+) -> Float[Tensor, ""]:
     """E · Σ_e f_e P_e with f_e the share of tokens whose first choice is expert e, and P_e its mean probability.
 
     Args:
         probabilities: Router probabilities of every token.
         tokens_per_expert: Tokens whose first choice is each expert, count.
+        mask: Which tokens count, in `tokens_per_expert` too; None is all.
 
     Returns:
         Dimensionless, 1 when balanced, E when all goes to one expert with certainty; 0 without tokens.
@@ -209,17 +236,29 @@ def load_balancing_loss(probabilities: Float[Tensor, "T E"], tokens_per_expert: 
     num_tokens, num_experts = probabilities.shape
     if num_tokens == 0:
         return probabilities.sum()
-    share = tokens_per_expert.to(probabilities.dtype) / num_tokens
-    return num_experts * (share * probabilities.mean(dim=0)).sum()
+    if mask is None:
+        share = tokens_per_expert.to(probabilities.dtype) / num_tokens
+        return num_experts * (share * probabilities.mean(dim=0)).sum()
+    share = tokens_per_expert.to(probabilities.dtype) / mask.sum().clamp(min=1)
+    return num_experts * (share * _masked_mean(probabilities, mask)).sum()
 
 
-def router_z_loss(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+def router_z_loss(logits: Float[Tensor, "T E"], mask: Bool[Tensor, " T"] | None = None) -> Float[Tensor, ""]:
     """The mean over tokens of (log Σ_e exp logit_e)², which keeps a router's logits small; 0 without tokens.
 
     Args:
         logits: Of every token.
+        mask: Which tokens count; None is all.
 
     Source: Zoph et al., ST-MoE (2022), eq. 5.
     """
     squares = logits.logsumexp(dim=-1).square()
+    if mask is not None:
+        return _masked_mean(squares, mask)
     return squares.mean() if len(squares) else squares.sum()
+
+
+def _masked_mean(values: Tensor, mask: Bool[Tensor, " T"]) -> Tensor:
+    """Over the first axis."""
+    weight = mask.to(values.dtype) / mask.sum().clamp(min=1)
+    return weight @ values

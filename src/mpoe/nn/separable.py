@@ -85,22 +85,34 @@ def _grouped_product(x: Tensor, counts: Tensor, central: Tensor, right: End | No
     """
     a, o, i, b = central.shape
     n = len(x)
-    z = x if right is None else _grouped_end(right, x.reshape(n * i, -1), counts * i).view(n, i * b)
+    z = x if right is None else multiply_end(right, x.view(n, i, x.shape[1] // i), counts).reshape(n, i * b)
     if left is None:
         return linear(z, central.reshape(a * o, i * b))
-    u_noa = linear(z, central.transpose(0, 1).reshape(o * a, i * b))
-    y_nop = _grouped_end(left, u_noa.reshape(n * o, a), counts * o).view(n, o, -1)
-    return y_nop.transpose(1, 2).reshape(n, -1)
+    u_noa = linear(z, central.transpose(0, 1).reshape(o * a, i * b)).view(n, o, a)
+    return multiply_end(left, u_noa, counts).transpose(1, 2).reshape(n, left.offsets.shape[1] * o)
 
 
-def _grouped_end(end: End, rows: Tensor, counts: Tensor) -> Tensor:
-    """Every row times its expert's matrix, transposed."""
-    offsets = end.offsets * end.scale
-    if end.start is None:
-        y = rows + linear_per_expert(rows, counts, offsets)
-    else:
-        y = linear_per_expert(rows, counts, end.start + offsets)
-    return y if end.factors is None else y * rows_of_experts(end.factors[:, None], counts, len(rows))
+def multiply_end(end: End, x: Float[Tensor, "N r k"], counts: Counts) -> Float[Tensor, "N r l"]:
+    """Every vector of every token times its token's matrix, M_e x, with plain autograd.
+
+    Args:
+        end: The matrices.
+        x: Tokens, sorted by expert, of the offsets' dtype.
+        counts: Tokens of every expert; they sum to N.
+    """
+    n, r, k = x.shape
+    rows = x.reshape(n * r, k)
+    rows_of = counts * r if isinstance(counts, Tensor) else [count * r for count in counts]
+    if end.start is not None:
+        y = linear_per_expert(rows, rows_of, end.start + end.scale * end.offsets)
+    elif isinstance(counts, Tensor):
+        y = rows + linear_per_expert(rows, rows_of, end.scale * end.offsets)
+    else:  # where the scale is at hand, no scaled copy of the offsets is kept for the backward
+        y = torch.add(rows, linear_per_expert(rows, rows_of, end.offsets), alpha=end.scale.item())
+    if end.factors is not None:
+        wide = end.factors.to(torch.promote_types(x.dtype, torch.float32))  # its gradient is a sum over all rows
+        y = y * rows_of_experts(wide[:, None], rows_of, len(rows)).to(x.dtype)
+    return y.view(n, r, y.shape[1])
 
 
 class _SeparableProduct(torch.autograd.Function):

@@ -16,7 +16,7 @@ from mpoe.nn.router import RouterOutput
 
 @dataclass(frozen=True)
 class RouterUsage:
-    """Sums over the tokens of some forwards.
+    """Sums over the tokens of some forwards, padding left out.
 
     They stay on the device, so that counting costs no synchronisation, and where they are, so that a CUDA graph finds
     them again.
@@ -50,8 +50,12 @@ class RouterUsage:
     def add(self, route: RouterOutput) -> None:
         """Add one forward."""
         probabilities = route.probabilities.detach()
-        self.tokens.add_(len(probabilities))
-        self.tokens_per_expert.add_(route.tokens_per_expert)
+        if route.mask is None:
+            self.tokens.add_(len(probabilities))
+        else:
+            self.tokens.add_(route.mask.sum())
+            probabilities = probabilities * route.mask[:, None]  # the entropy of zeros is 0 too
+        self.tokens_per_expert.add_(route.real_tokens_per_expert)
         self.dropped.add_(route.dropped)
         self.probability.add_(probabilities.sum(dim=0))
         self.entropy.add_(torch.special.entr(probabilities).sum())

@@ -158,7 +158,7 @@ def ffn_experts(shape: ModelShape, config: MPOEConfig) -> list[MPOExperts]:
         )
     with torch.device("meta"):
         return [
-            empty_mpo(out, inner, config, "mlp", name, config.num_experts, config.expert_bias)
+            empty_mpo(out, inner, config, "mlp", name, config.num_experts, config.expert_bias or "none")
             for name, out, inner in shape.ffn
         ]
 

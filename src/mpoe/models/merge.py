@@ -1,0 +1,104 @@
+"""`merge`: a mixture becomes a dense model of its family again, of one of its experts or of their mean."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mpoe.models.find import find_embedding, find_feed_forwards
+from mpoe.models.router_loss import mpoe_config
+from mpoe.nn import DenseExperts, FrozenBaseExperts, MoEFeedForward, MPOEmbedding, MPOExperts, MPOLinear
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
+    """Multiply a mixture out into a dense model of the class that it was upcycled from.
+
+    A dense model has one feed-forward network where a mixture has several and a router, so unless all experts are
+    alike it computes something else: what the mixture would compute if every token went to that expert, or to one whose
+    matrices are the means of all experts' matrices. MPOs without experts (attention, word embedding) are multiplied
+    out exactly.
+
+    Args:
+        model: A mixture; it stays as it is.
+        expert: Index of the expert whose matrices are taken in every layer; None is the mean of all.
+
+    Returns:
+        A new model in the mode of the old one. Tensors that both have are shared, not copied.
+
+    Raises:
+        ValueError: A dense model, one on a quantised base, or an expert that it has not.
+    """
+    config = mpoe_config(model)
+    if config is None:
+        raise ValueError(f"only a mixture can be merged; this {type(model).__name__} is dense: upcycle it first")
+    if any(isinstance(module, FrozenBaseExperts) for module in model.modules()):
+        raise ValueError(
+            "a mixture must be on a base in floating point to be merged, and this one's is quantised: it is kept as an "
+            "adapter, mpoe.save_adapter"
+        )
+    count = config.num_experts if config.is_mixture else 1
+    if expert is not None and not 0 <= expert < count:
+        raise ValueError(f"expert must be None or in 0..{count - 1}; got {expert}")
+    dense_config = copy.deepcopy(model.config)
+    del dense_config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.device("meta"):
+        dense = type(model)(dense_config)
+    _share(model, dense)
+    kind = model.config.model_type
+    if config.is_mixture or "mlp" in config.mpo_layers:
+        for found in find_feed_forwards(dense, kind, config):
+            mixture, names = cast(MoEFeedForward, model.get_submodule(found.place)), found.names
+            for name, experts in ((names.up, mixture.up), (names.gate, mixture.gate), (names.down, mixture.down)):
+                if name is not None and experts is not None:
+                    _fill(found.linear(name), experts, expert, f"{found.name}.{name}")
+    for name, module in model.named_modules():
+        if isinstance(module, MPOLinear):
+            _fill(dense.get_submodule(name), module.experts, 0, name)
+    if "word_embed" in config.mpo_layers:
+        found = find_embedding(dense, kind)
+        embedding = cast(MPOEmbedding, model.get_submodule(found.table))
+        table = nn.Parameter(embedding.experts.expert_matrix(0))
+        for name in (found.table, *found.users, *((found.head,) if found.head and config.tied_head else ())):
+            dense.get_submodule(name).weight = table
+    if model.can_generate():
+        dense.generation_config = copy.deepcopy(model.generation_config)
+    return dense.train(model.training)
+
+
+def _share(model: nn.Module, dense: nn.Module) -> None:
+    """Give the dense model what both have; what is one tensor in the mixture is one in it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for prefix, module in dense.named_modules(remove_duplicate=False):
+        for own, there in ((module._parameters, parameters), (module._buffers, buffers)):
+            for name in own:
+                if (value := there.get(f"{prefix}.{name}" if prefix else name)) is not None:
+                    own[name] = value  # pyright: ignore[reportArgumentType]
+
+
+def _fill(
+    layer: nn.Module, experts: MPOExperts | DenseExperts | FrozenBaseExperts, expert: int | None, name: str
+) -> None:
+    """Give a linear layer an expert's matrix and bias, or the means."""
+    if expert is None:
+        matrix = sum(experts.expert_matrix(e) for e in range(experts.num_experts)) / experts.num_experts
+    else:
+        matrix = experts.expert_matrix(expert)
+    matrix = cast(Tensor, matrix)
+    layer.weight = nn.Parameter((matrix.T if isinstance(layer, Conv1D) else matrix).contiguous())
+    if experts.bias is None:
+        return
+    bias = experts.bias.mean(dim=0) if expert is None else experts.bias[min(expert, len(experts.bias) - 1)]
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    elif bias.any():
+        raise ValueError(
+            f"a dense model must have a bias wherever the mixture has one; {name} has none, and its experts' biases "
+            "have been trained (expert_bias): such a mixture cannot be merged"
+        )

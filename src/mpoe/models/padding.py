@@ -1,0 +1,75 @@
+"""Padding, told to the routers: the attention mask that a stack of layers is called with reaches its mixtures.
+
+A router sees hidden states only. So a hook on every model that holds mixtures directly (of an encoder-decoder model its
+stacks, of others the model without its head) hands over which tokens are real before they run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mpoe.nn import MoEFeedForward
+from mpoe.nn.grouped import is_known_to_host
+
+
+def add_padding_hooks(model: PreTrainedModel) -> None:
+    """Hand the attention mask of every forward to the mixtures; a second call changes nothing.
+
+    The mask stays with a mixture until the next forward, because gradient checkpointing computes a layer again during
+    the backward pass.
+
+    Args:
+        model: An upcycled model.
+    """
+    is_encoder_decoder = model.config.is_encoder_decoder
+    for stack in model.modules():
+        if not isinstance(stack, PreTrainedModel) or not _own_mixtures(stack):
+            continue
+        parameters = list(inspect.signature(stack.forward).parameters)
+        places = {name: parameters.index(name) for name in ("input_ids", "attention_mask") if name in parameters}
+        is_decoder = is_encoder_decoder and getattr(stack, "is_decoder", "Decoder" in type(stack).__name__)
+        ends = _end_tokens(model.config) if is_decoder else None
+        hooks = stack._forward_pre_hooks.values()
+        if not any(isinstance(hook, partial) and hook.func is _set_token_masks for hook in hooks):
+            stack.register_forward_pre_hook(partial(_set_token_masks, places=places, ends=ends), with_kwargs=True)
+
+
+def _end_tokens(config: PreTrainedConfig) -> list[int]:
+    """The tokens after which a target has ended."""
+    tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in (config.pad_token_id, *tokens) if token is not None]
+
+
+def _own_mixtures(stack: nn.Module) -> list[MoEFeedForward]:
+    """The mixtures of a model that are not in a model inside of it."""
+    found: list[MoEFeedForward] = []
+    for child in stack.children():
+        if isinstance(child, MoEFeedForward):
+            found.append(child)
+        elif not isinstance(child, PreTrainedModel):
+            found += _own_mixtures(child)
+    return found
+
+
+def _set_token_masks(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], places: dict[str, int], ends: list[int] | None
+) -> None:
+    given = {name: args[place] for name, place in places.items() if place < len(args)} | kwargs
+    mask, token_ids = given.get("attention_mask"), given.get("input_ids")
+    if not isinstance(mask, Tensor) and ends is not None and isinstance(token_ids, Tensor):
+        # Transformers pads targets without a mask. After the target's last token, which is an input too, there is
+        # nothing to say; the first input may be one of these tokens, and is real.
+        mask = torch.isin(token_ids, torch.tensor(ends, device=token_ids.device), invert=True)
+        mask[:, 0] = True
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+        mask = None
+    if mask is not None and is_known_to_host(mask.device) and bool(mask.all()):
+        mask = None  # spares the routers what changes nothing
+    for mixture in _own_mixtures(stack):
+        mixture.token_mask = None if mask is None else mask.bool()
