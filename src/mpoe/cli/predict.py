@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpoe.cli.loading import kind_of, load_finished
 from mpoe.cli.parsing import raise_error
-from mpoe.models import clear_load_errors, load_adapter, load_tokenizer
-from mpoe.models.adapter import base_of_adapter, is_adapter
-from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 from mpoe.training.tasks import get_task
 
 
@@ -23,39 +21,66 @@ def run(argv: Sequence[str]) -> None:
         argv: What follows `mpoe predict`.
 
     Raises:
-        ValueError: Not a model's folder, an unknown task, or a task of several texts.
+        ValueError: Not a model's folder, a model that only goes on with a text, an unknown task, a task of several
+            texts, or flags of another kind of model.
     """
     parser = argparse.ArgumentParser(
-        prog="mpoe predict", description="Let a fine-tuned model answer: a line a text, the answer, a tab, the text."
+        prog="mpoe predict",
+        description="Let a fine-tuned model answer, by text or by label: a line a text, the answer, a tab, the text.",
     )
     parser.add_argument("model", help="folder that mpoe finetune wrote, or the adapter's folder in it")
     parser.add_argument("text", nargs="+", help="texts to answer")
     parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
+    parser.add_argument("--pair", action="store_true", help="classifiers: texts 1 and 2 are one question, and so on")
     parser.error = raise_error
     args = parser.parse_args(argv)
-    sources = args.text
-    if args.task is not None:
-        task = get_task(args.task)
-        if len(task.columns) != 1:
-            raise ValueError(
-                f"task {task.name} takes several texts ({', '.join(task.columns)}); leave --task out and write the "
-                f"source yourself, like {task.source(dict.fromkeys(task.columns, '...'))!r}"
-            )
-        sources = [task.source({task.columns[0]: text}) for text in args.text]
-    model, tokenizer = _load(args.model)
-    batch = tokenizer(sources, return_tensors="pt", padding=True)
+    kind = kind_of(args.model)
+    if kind == "causal":
+        raise ValueError(f"{args.model} goes on with a text instead of answering it: mpoe generate {args.model} TEXT")
+    if kind == "classification" and args.task is not None:
+        raise ValueError(
+            "--task is the form of a text-to-text task; a classifier reads the text as it is: leave it out"
+        )
+    if kind == "seq2seq" and args.pair:
+        raise ValueError("--pair is for classifiers; a text-to-text model reads both texts in one: leave it out")
+    if args.pair and len(args.text) % 2:
+        raise ValueError(f"--pair takes the texts two by two, so their number must be even; got {len(args.text)}")
+    answer = _labels if kind == "classification" else _texts
+    questions = list(zip(*[iter(args.text)] * (2 if args.pair else 1), strict=True))
+    sources = questions if args.task is None else [(_source(args.task, text),) for (text,) in questions]
+    model, tokenizer = load_finished(args.model)
+    for question, reply in zip(questions, answer(model, tokenizer, sources), strict=True):
+        print("\t".join([reply, *question]))
+
+
+def _source(name: str, text: str) -> str:
+    task = get_task(name)
+    if len(task.columns) != 1:
+        raise ValueError(
+            f"task {task.name} takes several texts ({', '.join(task.columns)}); leave --task out and write the "
+            f"source yourself, like {task.source(dict.fromkeys(task.columns, '...'))!r}"
+        )
+    return task.source({task.columns[0]: text})
+
+
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[tuple[str, ...]]) -> list[str]:
+    """An encoder-decoder's answers."""
+    batch = tokenizer([text for (text,) in sources], return_tensors="pt", padding=True).to(model.device)
     generated = cast(Any, model).generate(**batch, max_new_tokens=128)
-    answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
-    for text, answer in zip(args.text, answers, strict=True):
-        print(f"{answer}\t{text}")
+    return tokenizer.batch_decode(generated, skip_special_tokens=True)
 
 
-def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if (Path(path) / RUN_FILE).is_file() and not (Path(path) / RESULTS_FILE).is_file():
-        raise ValueError(f"{path} must be a finished run; this one is not: repeat its command, which resumes it")
-    base = base_of_adapter(path) if is_adapter(path) else path
-    with clear_load_errors(base):
-        model = AutoModelForSeq2SeqLM.from_pretrained(base)
-    if is_adapter(path):
-        load_adapter(model, path)
-    return model.eval(), load_tokenizer(base)
+def _labels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """A classifier's labels, or the numbers of one that is a regression; each source is a text or a pair."""
+    config = model.config
+    if config.problem_type == "multi_label_classification":
+        raise ValueError("mpoe predict gives one label a text; this model gives several (multi_label_classification)")
+    texts, *seconds = map(list, zip(*sources, strict=True))
+    batch = tokenizer(texts, seconds[0] if seconds else None, return_tensors="pt", padding=True, truncation=True)
+    with torch.inference_mode():
+        logits = model(**batch.to(model.device)).logits
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return [" ".join(f"{value:.4g}" for value in row) for row in logits.tolist()]
+    return [(config.id2label or {})[best] for best in logits.argmax(-1).tolist()]

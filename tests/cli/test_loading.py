@@ -1,0 +1,97 @@
+"""What may be loaded for use, by its config, and what is refused before weights are read."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    T5EncoderModel,
+)
+
+import mpoe
+from mpoe.cli.loading import kind_of, load_finished
+from mpoe.models import mixtures
+from tiny import tiny_t5, tiny_tokenizer
+
+GPT2 = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+BERT = {
+    "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (tiny_t5, "seq2seq"),
+        (lambda: mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=2)), "seq2seq"),
+        (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), "causal"),
+        (lambda: mpoe.upcycle(GPT2LMHeadModel(GPT2Config(**GPT2)), mpoe.MPOEConfig(num_experts=2)), "causal"),
+        (lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2, pad_token_id=0)), "classification"),
+        (lambda: BertForSequenceClassification(BertConfig(**BERT)), "classification"),
+    ],
+)
+def test_the_config_says_the_kind_and_the_class(build, kind):
+    model = build()
+    model.save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    assert kind_of("model") == kind
+    loaded, tokenizer = load_finished("model")
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert len(mixtures(loaded)) == len(mixtures(model))
+    assert tokenizer.padding_side == ("left" if kind == "causal" else "right")
+    theirs = model.state_dict()
+    assert all(torch.equal(value.cpu(), theirs[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_tokenizer_without_padding_gets_a_token_for_it():
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained("model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained("model")
+    model, tokenizer = load_finished("model")
+    assert tokenizer.pad_token == "</s>"
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize(
+    ("build", "architecture"),
+    [
+        (lambda: T5EncoderModel(tiny_t5().config), "T5EncoderModel"),
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), "BertForMaskedLM"),
+    ],
+)
+def test_a_model_that_neither_writes_nor_classifies_is_refused(build, architecture):
+    build().save_pretrained("model")
+    with pytest.raises(ValueError, match=rf"the architectures in its config.json are \['{architecture}"):
+        load_finished("model")
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    tiny_t5().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (tmp_path / "model" / "run.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="model must be a finished run"):
+        kind_of("model")
+    (tmp_path / "model" / "results.json").write_text(json.dumps({}))
+    assert kind_of("model") == "seq2seq"
+
+
+def test_no_model_no_tokenizer(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty must be a folder with a config.json"):
+        kind_of("empty")
+    tiny_t5().save_pretrained("model")
+    with pytest.raises(ValueError, match="model must hold its model's tokenizer"):
+        load_finished("model")
