@@ -108,7 +108,8 @@ def test_each_task_of_an_evaluation_is_scored_on_its_own_rows(ground):
     """The Trainer evaluates all tasks in one go; its numbers must be those of the tasks one by one."""
     from mpoe.training.arguments import FinetuneTrainingArguments
     from mpoe.training.tasks import get_task, load_task
-    from mpoe.training.trainer import build_trainer, evaluate, tokenize
+    from mpoe.training.text_to_text import evaluate, tokenize, trainer_parts
+    from mpoe.training.trainer import build_trainer
     from tiny import tiny_tokenizer
 
     tokenizer, model = tiny_tokenizer(), tiny_t5()
@@ -118,11 +119,20 @@ def test_each_task_of_an_evaluation_is_scored_on_its_own_rows(ground):
     )  # fmt: skip
     tasks = [get_task(name) for name in ("sentiment", "cola")]
     sets = [(task, tokenize(load_task(task, "data", 0).dev, tokenizer, 128)) for task in tasks]
-    found = build_trainer(model, tokenizer, args, None, sets).evaluate()
+    found = build_trainer(model, tokenizer, args, trainer_parts(model, tokenizer, args, None, sets)).evaluate()
     for task, rows in sets:
-        alone = evaluate(build_trainer(model, tokenizer, args, None, []), rows, task, tokenizer).metrics(task)
+        trainer = build_trainer(model, tokenizer, args, trainer_parts(model, tokenizer, args, None, []))
+        alone = evaluate(trainer, rows, task, tokenizer).metrics(task)
         for metric in task.metrics:
             assert found[f"eval_{task.name}_{metric}"] == pytest.approx(alone[metric])
+
+
+def test_experts_are_in_the_encoder_for_labels_and_everywhere_for_texts(ground):
+    Path("words.yaml").write_text("name: words\ntemplate: '{sentence}'\nmetrics: [bleu]\ntrain: words.csv\n")
+    Path("words.csv").write_text("sentence,label\n" + "the film is good,good film\n" * 20)
+    for task, stacks in (("cola", {"encoder"}), ("words.yaml", {"encoder", "decoder"})):
+        finetune.run([*QUICK, "--task", task, "--output_dir", task[:4]])
+        assert {name.split(".")[0] for name in mixtures(mpoe.from_pretrained(task[:4]))} == stacks
 
 
 def test_rows_can_be_limited_by_split(ground):

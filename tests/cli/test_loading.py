@@ -74,7 +74,7 @@ def test_a_tokenizer_without_padding_gets_a_token_for_it():
 )
 def test_a_model_that_neither_writes_nor_classifies_is_refused(build, architecture):
     build().save_pretrained("model")
-    with pytest.raises(ValueError, match=rf"the architectures in its config.json are \['{architecture}"):
+    with pytest.raises(ValueError, match=rf"the architectures in its config are \['{architecture}"):
         load_finished("model")
 
 
@@ -95,3 +95,24 @@ def test_no_model_no_tokenizer(tmp_path):
     tiny_t5().save_pretrained("model")
     with pytest.raises(ValueError, match="model must hold its model's tokenizer"):
         load_finished("model")
+
+
+def test_a_classifiers_adapter_is_loaded_onto_a_base_that_is_none():
+    """As `--objective classification --tensor_learn` makes one, of a model that has been pre-trained otherwise."""
+    BertForMaskedLM(BertConfig(**BERT)).save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    labels = {0: "bad", 1: "fair", 2: "good"}
+    model = BertForSequenceClassification.from_pretrained("base", num_labels=3, id2label=labels).requires_grad_(False)
+    mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "offsets" in name or name.startswith(("classifier", "bert.pooler")):
+                parameter.requires_grad_(True).normal_()
+    mpoe.save_adapter(model, "adapter")
+    assert kind_of("adapter") == "classification"
+    loaded, _ = load_finished("adapter")
+    assert type(loaded) is BertForSequenceClassification
+    assert loaded.config.id2label == labels
+    inputs = {"input_ids": torch.randint(3, 64, (2, 7))}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits.cpu(), model.eval()(**inputs).logits)

@@ -2,7 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tiny import files, tiny_t5, tiny_tokenizer
 
@@ -29,6 +29,17 @@ def test_adapters(tmp_path):
     printed = run(tmp_path, "adapters.py")
     assert printed.count("logits are bitwise equal") == 2
     assert (tmp_path / "out" / "sentiment" / "adapter_model.safetensors").is_file()
+
+
+def test_quantized(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("the film is good .\n" * 100)
+    command = [sys.executable, str(EXAMPLES / "quantized.py"), "model", "text", "3", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on a fresh base: logits are equal") == 2
 
 
 def new_gpt2(corpus, out, *flags):

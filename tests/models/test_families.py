@@ -38,6 +38,10 @@ def trained_mixture(name, **options):
     return moved(mixture_of(tiny_model(name), expert_noise=0.1, **options))
 
 
+def test_a_dropout_may_be_a_whole_number():
+    mixture_of(tiny_model("gpt2", resid_pdrop=0))
+
+
 def test_every_row_is_here():
     tested = {name.partition("-v1")[0] for name in FAMILY_NAMES}
     assert tested == FAMILIES.keys() - {"gemma3"}  # gemma3_text inside of a model with images

@@ -5,7 +5,8 @@ import torch
 
 import mpoe
 from mpoe.models import mixtures
-from mpoe.training.finetune import load_experiment, mean_loss, mixture_changes
+from mpoe.training.finetune import mean_loss
+from mpoe.training.load import load_experiment, mixture_changes
 from tiny import V1_0, moved, tiny_t5
 
 

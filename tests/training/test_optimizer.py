@@ -1,11 +1,20 @@
 """What trains and how fast."""
 
 import pytest
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import mpoe
 from mpoe.nn import MPOExperts
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.optimizer import Freezing, optimizer_with_mpo_rate, trained_parts
+from mpoe.training.text_to_text import trainer_parts
 from mpoe.training.trainer import build_trainer
 from tiny import V1_0, tiny_t5, tiny_tokenizer
 
@@ -96,9 +105,10 @@ def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path):
     args = FinetuneTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3, weight_decay=0.1, eval_strategy="no"
     )
-    plain = build_trainer(model, tiny_tokenizer(), args, None, []).create_optimizer()
+    parts = trainer_parts(model, tiny_tokenizer(), args, None, [])
+    plain = build_trainer(model, tiny_tokenizer(), args, parts).create_optimizer()
     options = optimizer_with_mpo_rate(model, args, 1e-5)
-    optimizer = build_trainer(model, tiny_tokenizer(), args, None, [], optimizer=options).create_optimizer()
+    optimizer = build_trainer(model, tiny_tokenizer(), args, parts, optimizer=options).create_optimizer()
     assert type(optimizer) is type(plain)
     mpo = {
         id(p) for module in model.modules() if isinstance(module, MPOExperts) for p in (module.central, *module.offsets)
@@ -118,3 +128,56 @@ def test_a_wrong_rate_is_said(tmp_path):
         optimizer_with_mpo_rate(make_model(), args, 0.0)
     with pytest.raises(ValueError, match="the model has none"):
         optimizer_with_mpo_rate(tiny_t5(), args, 1e-3)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64, tie_word_embeddings=False)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=64)),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "freezing", "trains"),
+    [
+        ("gpt2", Freezing(freeze_embeds=True), lambda name: ".wte." not in name and ".wpe." not in name),
+        ("gpt2", Freezing(freeze_model_but_lm_head=True), lambda name: name == "transformer.wte.weight"),  # tied
+        ("gpt2", Freezing(freeze_model_but_lm_head=True, unfreeze_layer_norms=True),
+         lambda name: "ln_" in name or "wte" in name),
+        ("llama", Freezing(freeze_embeds=True),
+         lambda name: name not in ("model.embed_tokens.weight", "lm_head.weight")),
+        ("llama", Freezing(freeze_embeds=True, unfreeze_lm_head=True),
+         lambda name: name != "model.embed_tokens.weight"),
+        ("llama", Freezing(freeze_model_but_lm_head=True, unfreeze_layer_norms=True),
+         lambda name: name == "lm_head.weight" or "norm" in name),
+        ("bert", Freezing(freeze_encoder=True), lambda name: name.startswith("classifier")),
+        ("bert", Freezing(freeze_model_but_lm_head=True), lambda name: name.startswith("classifier")),
+        ("bert", Freezing(freeze_embeds=True), lambda name: "_embeddings.weight" not in name),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_freezing_in_other_families(family, freezing, trains):
+    found, names = trained(freezing, OTHERS[family]())
+    assert found == {name for name in names if trains(name)}
+    assert found < names
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_has_no_encoder_to_freeze(family):
+    with pytest.raises(ValueError, match=f"freeze_encoder is about an encoder; a {family} model has none"):
+        Freezing(freeze_encoder=True).apply(OTHERS[family]())
+
+
+@pytest.mark.parametrize(
+    ("family", "embeddings_and_head"),
+    [("gpt2", 64 * 32 + 16 * 32), ("llama", 2 * 64 * 32), ("bert", (64 + 512 + 2) * 32 + 2 * 33)],
+)
+def test_the_table_of_other_families(family, embeddings_and_head):
+    model = OTHERS[family]()
+    parts = {part.name: part for part in trained_parts(model, 1e-3, None)}
+    assert parts["embeddings and head"].total == embeddings_and_head
+    assert parts["layer norms"].total == sum(
+        p.numel() for n, p in model.named_parameters() if "norm" in n.lower() or "ln_" in n
+    )
+    assert sum(part.total for part in parts.values()) == sum(p.numel() for p in model.parameters())

@@ -12,16 +12,8 @@ import mpoe
 from mpoe.models import mixtures
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.tasks import get_task, load_task
-from mpoe.training.trainer import (
-    DeadExpertWarning,
-    Evaluation,
-    StepTimer,
-    build_trainer,
-    evaluate,
-    parse,
-    sequence_loss,
-    tokenize,
-)
+from mpoe.training.text_to_text import Evaluation, evaluate, parse, tokenize, trainer_parts
+from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer, step_loss, summed_cross_entropy
 from tiny import tiny_batch, tiny_t5, tiny_tokenizer, write_sentiment
 
 
@@ -46,7 +38,7 @@ def trainer_step(model, batch, tmp_path, micro_batches=1, **options):
         eval_strategy="no",
         **options,
     )
-    trainer = build_trainer(model, tiny_tokenizer(), args, None, [])
+    trainer = build_trainer(model, tiny_tokenizer(), args, trainer_parts(model, tiny_tokenizer(), args, None, []))
     trainer.current_gradient_accumulation_steps = micro_batches
     batch = {**batch, "decoder_input_ids": model._shift_right(batch["labels"])}  # as the data collator does
     batches, num_items = trainer.get_batch_samples(
@@ -64,7 +56,7 @@ def test_it_is_the_models_own_loss():
     output = model(
         **{k: v for k, v in batch.items() if k != "labels"}, decoder_input_ids=model._shift_right(batch["labels"])
     )
-    sequence_loss(model)(output, batch["labels"]).backward()
+    step_loss(model, summed_cross_entropy())(output, batch["labels"]).backward()
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
@@ -85,7 +77,7 @@ def test_unequal_micro_batches_weigh_by_target_tokens(tmp_path):
     batch["labels"][0, 1:] = -100
     whole = trainer_step(model, batch, tmp_path)
     halves = [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
-    loss, num_items = sequence_loss(model), (batch["labels"] != -100).sum()
+    loss, num_items = step_loss(model, summed_cross_entropy()), (batch["labels"] != -100).sum()
     for half in halves:
         labels = half.pop("labels")
         loss(model(**half, decoder_input_ids=model._shift_right(labels)), labels, num_items).backward()
@@ -115,7 +107,7 @@ def test_label_smoothing_is_transformers(tmp_path):
 
     logits, labels = torch.randn(3, 4, 7), torch.randint(0, 7, (3, 4))
     labels[1, 2:] = -100
-    ours = sequence_loss(tiny_t5(), 0.1)(Seq2SeqLMOutput(logits=logits), labels)
+    ours = step_loss(tiny_t5(), summed_cross_entropy(0.1))(Seq2SeqLMOutput(logits=logits), labels)
     assert ours.item() == pytest.approx(LabelSmoother(0.1)({"logits": logits}, labels).item(), rel=1e-5)
 
 
@@ -127,7 +119,7 @@ def test_evaluation_is_clean_and_row_by_row(tmp_path):
     args = FinetuneTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=5, generation_max_length=3
     )
-    trainer = build_trainer(model, tokenizer, args, rows, [(task, rows)])
+    trainer = build_trainer(model, tokenizer, args, trainer_parts(model, tokenizer, args, rows, [(task, rows)]))
     found = evaluate(trainer, rows, task, tokenizer)
     expected = []
     for row in rows:

@@ -22,15 +22,17 @@ from mpoe.models import mixtures
 from mpoe.report import router_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
-    DataArguments,
     FinetuneTrainingArguments,
     ModelArguments,
     TrainableArguments,
 )
-from mpoe.training.finetune import FinetuneResult, finetune, load_model
+from mpoe.training.data_arguments import DataArguments
+from mpoe.training.finetune import FinetuneResult, finetune
+from mpoe.training.load import load_model
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
-from mpoe.training.trainer import build_trainer, evaluate, tokenize
+from mpoe.training.text_to_text import TextToText, evaluate, tokenize, trainer_parts
+from mpoe.training.trainer import build_trainer
 
 SENTENCES = (
     "A warm and witty film that never puts a foot wrong.",
@@ -136,7 +138,8 @@ def _accuracy_before(
     test = tokenize(data.test, tokenizer, max_source_length=128)
     training_args = _training_arguments(Path(args.output_dir), args)
     training_args.generation_max_length = 8
-    metrics = evaluate(build_trainer(model, tokenizer, training_args, None, []), test, task, tokenizer).metrics(task)
+    trainer = build_trainer(model, tokenizer, training_args, trainer_parts(model, tokenizer, training_args, None, []))
+    metrics = evaluate(trainer, test, task, tokenizer).metrics(task)
     folder.claim()
     write_json(known, metrics)
     return metrics[task.metrics[0]]
@@ -162,7 +165,8 @@ def _finetune(
     if config is not None:
         console.print(f"upcycled {len(mixtures(model))} feed-forward layers")
     training_args = _training_arguments(folder.path, args)
-    return finetune(model, tokenizer, {task.name: (task, data)}, training_args, folder, DataArguments([task.name]))
+    objective = TextToText({task.name: (task, data)}, DataArguments([task.name]))
+    return finetune(model, tokenizer, objective, training_args, folder)
 
 
 def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:

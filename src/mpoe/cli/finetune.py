@@ -1,9 +1,9 @@
-"""`mpoe finetune`: one model, one task or several, one command; interrupted, the same command resumes it."""
+"""`mpoe finetune`: one model, its data, one command; interrupted, the same command resumes it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,16 +15,29 @@ from mpoe.models import component_modules, is_upcycled, mpoe_config, routers, se
 from mpoe.report import metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
-    DataArguments,
     FinetuneTrainingArguments,
     MixtureArguments,
     ModelArguments,
     TrainableArguments,
 )
-from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune, load_model, mixture_changes
+from mpoe.training.classification import Classification
+from mpoe.training.corpus import Corpus
+from mpoe.training.data_arguments import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    TEXT_TO_TEXT,
+    CorpusArguments,
+    DataArguments,
+    check_flags,
+)
+from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune
+from mpoe.training.language_modeling import CausalLM
+from mpoe.training.load import load_model, mixture_changes
+from mpoe.training.objective import DEFAULTS, Objective
 from mpoe.training.optimizer import trained_parts
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
+from mpoe.training.text_to_text import TextToText
 
 # They change what is shown or where, not what is computed: not part of "the same command".
 _NOT_OF_THE_RUN = {"output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint"}
@@ -46,9 +59,18 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     Raises:
         ValueError: Wrong input.
     """
-    types = (ModelArguments, MixtureArguments, TrainableArguments, DataArguments, FinetuneTrainingArguments)
-    description = "Fine-tune a model on text-to-text tasks, as a mixture of experts."
-    (model_args, mixture_args, trainable, data_args, args), given = parse("mpoe finetune", description, types, argv)
+    types = (
+        ModelArguments, MixtureArguments, TrainableArguments, DataArguments, CorpusArguments, FinetuneTrainingArguments,
+    )  # fmt: skip
+    description = "Fine-tune a model as a mixture of experts, on text-to-text tasks or another objective."
+    arguments, given = parse("mpoe finetune", description, types, argv)
+    model_args, mixture_args, trainable, data_args, corpus_args, args = arguments
+    # a config file's null leaves a flag out
+    asked = {name for name, value in given.items() if value is not None}
+    check_flags(data_args, corpus_args, asked)
+    for name, value in DEFAULTS[data_args.objective].items():
+        if name not in asked:
+            setattr(args, name, value)
     identity = {k: v for k, v in without_defaults(types, given).items() if k not in _NOT_OF_THE_RUN}
     console = Console()
     folder = RunFolder.open(args.output_dir, identity)
@@ -56,26 +78,31 @@ def run(argv: Sequence[str]) -> FinetuneResult:
         console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
         result = FinetuneResult.from_dict(folder.results)
     else:
-        # a config file's null leaves a flag out
-        asked = {name for name, value in given.items() if value is not None}
-        result = _finetune(model_args, mixture_args, trainable, data_args, args, folder, console, asked)
+        result = _finetune(model_args, mixture_args, trainable, data_args, corpus_args, args, folder, console, asked)
     _print_result(console, result, args.output_dir)
     return result
 
 
 def _finetune(
     model_args: ModelArguments, mixture_args: MixtureArguments, trainable: TrainableArguments,
-    data_args: DataArguments, args: FinetuneTrainingArguments, folder: RunFolder, console: Console,
-    asked: Collection[str],
+    data_args: DataArguments, corpus_args: CorpusArguments, args: FinetuneTrainingArguments, folder: RunFolder,
+    console: Console, asked: Collection[str],
 ) -> FinetuneResult:  # fmt: skip
-    config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS)
+    tasks = _named_tasks(data_args)
+    with_labels = data_args.objective == TEXT_TO_TEXT and any(task.kind != "text" for task in tasks.values())
+    config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS if with_labels else None)
     trainable.freezing()  # a wrong flag should not wait for data and weights
     if 0 < trainable.gradient_mask_prob < 1 and (config is None or not config.mpo_layers):
         raise ValueError("gradient_mask_prob is about the central tensors of MPOs; leave it out, or see --mpo_layers")
-    data = _load_tasks(data_args, args.seed, console)
+    objective = _objective(data_args, corpus_args, tasks, args.seed, console)
     set_seed(args.seed)
     console.print(f"Loading {model_args.model_name_or_path} ...")
-    model, tokenizer = load_model(model_args, config, trainable)
+    model, tokenizer = load_model(model_args, config, trainable, objective.auto_class, objective.model_options)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"model_name_or_path must be a model in floating point; the weights of {model_args.model_name_or_path} are "
+            "quantised. Around a quantised base experts are trained in Python, as examples/quantized.py does"
+        )
     _check_mixture_flags(model, config, asked)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run of this command: resuming from {folder.checkpoint}")
@@ -86,10 +113,28 @@ def _finetune(
         experts = f"{found[0].num_experts} experts, {found[0].top_k} for a token"
         kind = f"{len(found)} feed-forward layers with {experts}; changed: {components}"
     console.print(f"{model_args.model_name_or_path}: {kind}.")
-    for name in data:
-        console.print(_rows_of(name, data[name][1], data_args))
     console.print(trained_table(trained_parts(model, args.learning_rate, trainable.mpo_lr)))
-    return finetune(model, tokenizer, data, args, folder, data_args, trainable)
+    return finetune(model, tokenizer, objective, args, folder, trainable)
+
+
+def _objective(
+    data_args: DataArguments, corpus_args: CorpusArguments, tasks: Mapping[str, Task], seed: int, console: Console
+) -> Objective:
+    """The objective with its rows, or with the places of its text."""
+    if data_args.objective == CAUSAL_LM:
+        corpus = Corpus.open(corpus_args)
+        console.print(f"Text: {corpus.describe()}.")
+        return CausalLM(corpus, corpus_args, console.print)
+    data = {}
+    for name, task in tasks.items():
+        where = data_args.data_dir or (f"the hub ({task.hub})" if task.hub else "its files")
+        console.print(f"Loading task {name} from {where} ...")
+        data[name] = task, load_task(task, data_args.data_dir, seed, in_columns=data_args.objective == CLASSIFICATION)
+        console.print(_rows_of(name, data[name][1], data_args))
+    if data_args.objective == CLASSIFICATION:
+        ((task, rows),) = data.values()
+        return Classification(task, rows, data_args)
+    return TextToText(data, data_args)
 
 
 def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, asked: Collection[str]) -> None:
@@ -113,21 +158,15 @@ def _check_mixture_flags(model: PreTrainedModel, config: MPOEConfig | None, aske
         )
 
 
-def _load_tasks(data_args: DataArguments, seed: int, console: Console) -> dict[str, tuple[Task, TaskData]]:
-    """The rows of all tasks; the names in the arguments become the tasks' own."""
-    named = [get_task(name) for name in data_args.tasks]
+def _named_tasks(data_args: DataArguments) -> dict[str, Task]:
+    """All tasks; their names in the arguments become the tasks' own."""
+    named = [get_task(name) for name in data_args.tasks or ()]
     evaluated = named if data_args.eval_tasks is None else [get_task(name) for name in data_args.eval_tasks]
     data_args.tasks, data_args.eval_tasks = [task.name for task in named], [task.name for task in evaluated]
     for flag, names in (("tasks", data_args.tasks), ("eval_tasks", data_args.eval_tasks)):
         if len(set(names)) < len(names):
             raise ValueError(f"{flag} must name every task once; got {', '.join(names)}")
-    tasks = {task.name: task for task in (*named, *evaluated)}
-    data = {}
-    for name, task in tasks.items():
-        where = data_args.data_dir or (f"the hub ({task.hub})" if task.hub else "its files")
-        console.print(f"Loading task {name} from {where} ...")
-        data[name] = task, load_task(task, data_args.data_dir, seed)
-    return data
+    return {task.name: task for task in (*named, *evaluated)}
 
 
 def _rows_of(name: str, data: TaskData, data_args: DataArguments) -> str:
@@ -148,7 +187,9 @@ def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> 
     if result.routers:
         console.print(router_table(result.routers))
     for name, metrics in result.tasks.items():
-        console.print(metrics_table(metrics, title=f"{name} after {result.steps:,} steps (cross-entropy: nats a row)"))
+        unit = "token" if "tokens" in next(iter(metrics.values())) else "row"
+        title = f"{name} after {result.steps:,} steps (cross-entropy: nats a {unit})"
+        console.print(metrics_table(metrics, title))
     if len(result.tasks) > 1:
         console.print(
             f"average of the tasks' first metrics: validation {result.average['validation']:.4f}, "
@@ -158,7 +199,7 @@ def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> 
         drawn, discarded = result.gradient_mask["drawn"], result.gradient_mask["discarded"]
         console.print(f"gradient mask: {discarded:,} of {drawn:,} updates of central tensors discarded")
     pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
-    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f} nats a token"
+    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f} a target"
     console.print(
         f"training loss {loss}{pace}, peak memory {result.peak_memory / 2**30:.1f} GiB; model, tokenizer and "
         f"results.json in {output_dir}"

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mpoe.models import clear_load_errors, load_adapter, load_tokenizer
-from mpoe.models.adapter import base_of_adapter, is_adapter
+from mpoe.models.adapter import adapted_model, is_adapter
 from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 
 Kind = Literal["seq2seq", "causal", "classification"]
@@ -46,12 +46,14 @@ def kind_of(path: str) -> Kind:
     with clear_load_errors(base):
         config = AutoConfig.from_pretrained(base)
     architectures = config.architectures or []
+    if is_adapter(path) and (architecture := adapted_model(path).architecture):
+        architectures = [architecture]
     for kind in get_args(Kind):
         if architectures and architectures[0] in _CLASSES[kind][1].values():
             return kind
     raise ValueError(
         f"{base} must hold an encoder-decoder, a causal language model or a sequence classifier; the architectures in "
-        f"its config.json are {architectures}: fine-tune it first, or name another"
+        f"its config are {architectures}: fine-tune it first, or name another"
     )
 
 
@@ -68,8 +70,9 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ValueError: As `kind_of`; weights or a tokenizer that are missing, damaged or do not fit.
     """
     kind, base = kind_of(path), _base(path)
+    head = adapted_model(path).head if is_adapter(path) and kind == "classification" else {}
     with clear_load_errors(base):
-        model: PreTrainedModel = _CLASSES[kind][0].from_pretrained(base)
+        model: PreTrainedModel = _CLASSES[kind][0].from_pretrained(base, **head)
     if is_adapter(path):
         load_adapter(model, path)
     tokenizer = load_tokenizer(base)
@@ -87,4 +90,4 @@ def _base(path: str) -> str:
     """Where the model's config and tokenizer are: the folder or name itself, or that of the adapter's base."""
     if (Path(path) / RUN_FILE).is_file() and not (Path(path) / RESULTS_FILE).is_file():
         raise ValueError(f"{path} must be a finished run; this one is not: repeat its command, which resumes it")
-    return base_of_adapter(path) if is_adapter(path) else path
+    return adapted_model(path).base_name if is_adapter(path) else path

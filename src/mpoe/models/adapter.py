@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,6 +32,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT = "mpoe-adapter"
 VERSION = 1
+HEAD_OPTIONS = ("num_labels", "id2label", "problem_type")  # of a classifier, which its base need not be
 
 _ATTRIBUTE = "_mpoe_adapters"
 
@@ -56,11 +58,26 @@ class AdapterSet:
 
 
 @dataclass(frozen=True)
+class AdaptedModel:
+    """The model that an adapter was saved from, as far as one must know to load its base.
+
+    Attributes:
+        base_name: The folder or hub name of the base.
+        architecture: The name of the model's class; None in an adapter of the first days of mpoe.
+        head: Values of HEAD_OPTIONS in the model's config.
+    """
+
+    base_name: str
+    architecture: str | None
+    head: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _SavedAdapter:
     """What an adapter's folder holds."""
 
     config: MPOEConfig
-    base_name: str
+    model: AdaptedModel
     base_hash: str
     base_dtypes: list[str]
     tensors: dict[str, Tensor]
@@ -119,6 +136,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     values = {
         "format": FORMAT,
         "version": VERSION,
+        "architecture": type(model).__name__,
+        "head": {name: getattr(model.config, name, None) for name in HEAD_OPTIONS},
         "base_model_name_or_path": model.name_or_path,
         "base_hash": _base_hash(model, held, adapters.base),
         "base_dtypes": _dtypes(model, held),
@@ -228,8 +247,8 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def base_of_adapter(folder: str | Path) -> str:
-    """The folder or hub name of the base model that an adapter was trained on.
+def adapted_model(folder: str | Path) -> AdaptedModel:
+    """What an adapter's base is loaded as.
 
     Args:
         folder: What `save_adapter` wrote.
@@ -237,7 +256,7 @@ def base_of_adapter(folder: str | Path) -> str:
     Raises:
         ValueError: A damaged adapter.
     """
-    return _read(Path(folder)).base_name
+    return _read(Path(folder)).model
 
 
 def _activate(model: nn.Module, adapters: AdapterSet, name: str | None) -> None:
@@ -323,7 +342,11 @@ def _read(folder: Path) -> _SavedAdapter:
     try:
         config = MPOEConfig.from_dict(values["mpoe"])
         weights_hash, base_hash = values["weights_hash"], values["base_hash"]
-        base_name, base_dtypes = values["base_model_name_or_path"], values["base_dtypes"]
+        base_dtypes = values["base_dtypes"]
+        head = values.get("head", {})
+        if head.get("id2label"):
+            head["id2label"] = {int(index): label for index, label in head["id2label"].items()}
+        model = AdaptedModel(values["base_model_name_or_path"], values.get("architecture"), head)
     except KeyError as error:
         raise ValueError(f"{file} must be as mpoe.save_adapter writes it; it has no {error}") from error
     except (TypeError, ValueError) as error:
@@ -335,7 +358,7 @@ def _read(folder: Path) -> _SavedAdapter:
         tensors = safetensors.torch.load(weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{weights_file} must be complete and unchanged; {error}: copy or save it again") from error
-    return _SavedAdapter(config, base_name, base_hash, base_dtypes, tensors)
+    return _SavedAdapter(config, model, base_hash, base_dtypes, tensors)
 
 
 def _check_config(saved: MPOEConfig, config: MPOEConfig, folder: str | Path) -> None:
@@ -366,7 +389,7 @@ def _check_base(model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapt
         same = dtypes == saved.base_dtypes
         what = "weights that it was trained with" if same else f"base with dtype {' and '.join(saved.base_dtypes)}"
         raise ValueError(
-            f"wrong base: the adapter in {folder} belongs to {saved.base_name!r} (hash {saved.base_hash[:12]}, "
+            f"wrong base: the adapter in {folder} belongs to {saved.model.base_name!r} (hash {saved.base_hash[:12]}, "
             f"{' and '.join(saved.base_dtypes)}); this model is {model.name_or_path!r} (hash {base_hash[:12]}, "
             f"{' and '.join(dtypes)}); load the {what}"
         )

@@ -53,7 +53,7 @@ class FoundFeedForward:
             attribute: `names.dropout` or `names.output_dropout`; None is 0.
         """
         dropout = 0.0 if attribute is None else _part(self.module, attribute)
-        return dropout.p if isinstance(dropout, nn.Dropout) else float(dropout)
+        return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from mpoe.report.results import COUNTS
 from mpoe.training.finetune import FinetuneResult
 
 FORMATS = (".md", ".csv", ".json")
@@ -18,16 +19,18 @@ def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, flo
     """One row a run, the same columns in all; None where a run has no such number.
 
     Args:
-        results: By the run's name. Metrics are those of the test rows, and of several tasks the average of their first
-            ones; cross-entropy in nats a row, parameters in millions, time in seconds, memory in GiB.
+        results: By the run's name. Metrics are those of the test rows (of the validation rows, and said so, where there
+            is no test), and of several tasks the average of their first ones; cross-entropy in nats a row, of a corpus
+            a token; parameters in millions, time in seconds, memory in GiB.
     """
     columns: dict[str, None] = {}
     rows: list[dict[str, float | str | None]] = []
     for name, result in results.items():
         row: dict[str, float | str | None] = {"run": name}
         for task, splits in result.tasks.items():
-            metrics = {metric: value for metric, value in splits["test"].items() if metric != "rows"}
-            row |= {f"{task} {metric.replace('_', ' ')}": value for metric, value in metrics.items()}
+            split, where = ("test", "") if "test" in splits else ("validation", " (validation)")
+            metrics = {metric: value for metric, value in splits[split].items() if metric not in COUNTS}
+            row |= {f"{task} {metric.replace('_', ' ')}{where}": value for metric, value in metrics.items()}
         if len(result.tasks) > 1:
             row["average"] = result.average["test"]
         columns |= dict.fromkeys(row)

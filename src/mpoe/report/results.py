@@ -6,19 +6,22 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+COUNTS = ("rows", "tokens", "words")
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> Table:
-    """One row a split, one column a metric.
+
+def metrics_table(metrics: Mapping[str, Mapping[str, float]], title: str, rows: str = "split") -> Table:
+    """One row a split, or another measurement; one column a metric.
 
     Args:
-        metrics: By split, then by metric; correlations and shares are dimensionless, cross-entropy is in nats.
+        metrics: By row, then by metric; correlations and shares are dimensionless, cross-entropy is in nats.
         title: Above the table.
+        rows: What the rows are, for the head of their column.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("split")
+    table.add_column(rows)
     names = list(next(iter(metrics.values())))
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for split, values in metrics.items():
-        table.add_row(split, *(f"{values[n]:,.0f}" if n == "rows" else f"{values[n]:.4f}" for n in names))
+        table.add_row(split, *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:.4f}" for n in names))
     return table

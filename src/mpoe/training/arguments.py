@@ -13,8 +13,8 @@ from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
 
-# Where a task's answer is a label, the decoder sees one start token a row, all inputs of its routers are nearly alike,
-# and they send everything to one expert (measured on T5: 99 to 100% of tokens in some layers).
+# Where a text-to-text task's answer is a label, the decoder sees one start token a row, all inputs of its routers are
+# nearly alike, and they send everything to one expert (measured on T5: 99 to 100% of tokens in some layers).
 STACKS_FOR_LABELS = ("encoder",)
 
 
@@ -106,9 +106,9 @@ class MixtureArguments:
     stacks: str | None = field(
         default=None,
         metadata={
-            "help": "Comma list of the stacks that are changed: encoder, decoder. If left out, finetune puts experts "
-            "into the encoder alone (a label's decoder sees little but its start token, and its routers collapse), "
-            "inspect into all."
+            "help": "Comma list of the stacks that are changed: encoder, decoder. If left out, finetune on "
+            "text-to-text tasks with labels puts experts into the encoder alone (a label's decoder sees little but its "
+            "start token, and its routers collapse); else they go into all."
         },
     )
     layers: str | None = field(
@@ -300,46 +300,8 @@ class TrainableArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which tasks, and where their data are."""
-
-    tasks: list[str] = field(
-        metadata={
-            "aliases": ["--task"],
-            "help": "One task or several: cola, sst2, mrpc, qqp, stsb, mnli, ... of mpoe.training.tasks, or YAML files "
-            "that describe tasks of your own.",
-        }
-    )
-    eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks to evaluate on; those that are trained if left out."}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the tasks' folders in GLUE layout; the hub if left out."}
-    )
-    max_source_length: int = field(default=128, metadata={"help": "Tokens of an input at most; longer ones are cut."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target at most; longer ones are cut."})
-    n_train: int = field(default=-1, metadata={"help": "Training rows of a task at most, drawn by the seed; -1: all."})
-    n_val: int = field(default=-1, metadata={"help": "Validation rows of a task at most, drawn by the seed; -1: all."})
-    n_test: int = field(default=-1, metadata={"help": "Test rows of a task at most, drawn by the seed; -1: all."})
-    temperature: float = field(
-        default=10.0,
-        metadata={"help": "Several tasks: a batch is drawn from a task of n rows in proportion to n ** (1 / this)."},
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        for name in ("n_train", "n_val", "n_test"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ValueError(f"{name} must be >= 1, or -1 for all; got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {self.temperature}")
-
-
-@dataclass
 class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
-    """Transformers' own training arguments, with defaults for fine-tuning T5."""
+    """Transformers' own training arguments, with defaults for fine-tuning T5; `mpoe.training.objective` has others."""
 
     output_dir: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         metadata={"help": "Folder for the model, the tokenizer, results.json and checkpoints; new, or this very run's."}

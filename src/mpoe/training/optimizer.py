@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
 
 from mpoe.models import component_modules, mpo_experts, routers
 from mpoe.nn import DenseExperts, MPOExperts
@@ -22,10 +22,10 @@ class Freezing:
 
     Attributes:
         freeze_model: All but MPOs, experts and routers.
-        freeze_encoder: All of the encoder.
-        freeze_embeds: The word embedding and the language-model head.
+        freeze_encoder: All of the encoder. An encoder with a head of its own (BERT) is all but that head.
+        freeze_embeds: The word embedding, those of positions and token types beside it, and the language-model head.
         freeze_model_but_lm_head: All but the head.
-        unfreeze_lm_head: The head trains, whatever the others say.
+        unfreeze_lm_head: The head trains, whatever the others say. A classification head always does.
         unfreeze_layer_norms: So do the layer norms.
         tensor_learn: Central tensors are frozen: MPOP's lightweight fine-tuning.
         update_mpo_layer: Components whose MPOs, experts and routers train, of `mpoe.config.COMPONENTS`; None is all.
@@ -49,7 +49,7 @@ class Freezing:
             model: Dense or upcycled.
 
         Raises:
-            ValueError: Nothing is left to train, or a flag is about MPOs and the model has none.
+            ValueError: Nothing is left to train, or a flag is about MPOs or the encoder and the model has none.
         """
         mpos = mpo_experts(model).values()
         for flag in ("tensor_learn", "train_AT_index"):
@@ -63,15 +63,18 @@ class Freezing:
                 for module in modules.values():
                     module.requires_grad_(True)
         if self.freeze_encoder:
-            encoder = model.get_encoder()
+            encoder = _encoder(model)
             for module in (encoder, encoder.get_input_embeddings()):  # which is not the encoder's own if it is an MPO
                 module.requires_grad_(False)
-        head = cast(nn.Module, model.get_output_embeddings())
+        language_model_head = model.get_output_embeddings()
         if self.freeze_embeds:
-            for module in (model.get_input_embeddings(), head):
-                module.requires_grad_(False)
-        if self.unfreeze_lm_head or self.freeze_model_but_lm_head:
-            head.requires_grad_(True)
+            for module in (model.get_input_embeddings(), *_embeddings(model), language_model_head):
+                if module is not None:
+                    module.requires_grad_(False)
+        # A classification head starts anew: without it, nothing is learned.
+        if self.unfreeze_lm_head or self.freeze_model_but_lm_head or language_model_head is None:
+            for module in _heads(model):
+                module.requires_grad_(True)
         if self.unfreeze_layer_norms:
             for name, parameter in model.named_parameters():
                 if _is_layer_norm(name):
@@ -118,7 +121,7 @@ class TrainedPart:
     learning_rate: float
 
 
-def trained_parts(model: nn.Module, learning_rate: float, mpo_lr: float | None) -> list[TrainedPart]:
+def trained_parts(model: PreTrainedModel, learning_rate: float, mpo_lr: float | None) -> list[TrainedPart]:
     """What of a model trains, and at which rate; parts that the model has not are left out.
 
     Args:
@@ -130,11 +133,11 @@ def trained_parts(model: nn.Module, learning_rate: float, mpo_lr: float | None) 
     for name, parameter in model.named_parameters():
         part_of[id(parameter)] = "layer norms" if _is_layer_norm(name) else OTHER
     for module in model.modules():
-        kind = {DenseExperts: "whole experts", nn.Embedding: "embeddings and head"}.get(type(module))
-        if kind is not None:
+        if isinstance(module, DenseExperts | nn.Embedding):
+            kind = "whole experts" if isinstance(module, DenseExperts) else "embeddings and head"
             part_of |= {id(p): kind for p in module.parameters()}
-    head = getattr(model, "lm_head", None)
-    part_of |= {id(p): "embeddings and head" for p in (head.parameters() if isinstance(head, nn.Linear) else ())}
+    for head in _heads(model):
+        part_of |= {id(p): "embeddings and head" for p in head.parameters()}
     for router in routers(model).values():
         part_of |= {id(p): "routers" for p in router.parameters()}
     for experts in mpo_experts(model).values():
@@ -185,5 +188,30 @@ def optimizer_with_mpo_rate(
     return optimizer, options
 
 
+def _encoder(model: PreTrainedModel) -> Any:
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING:  # the families that read both ways
+        return model.base_model
+    raise ValueError(f"freeze_encoder is about an encoder; a {model.config.model_type} model has none. Leave it out")
+
+
+def _heads(model: PreTrainedModel) -> list[nn.Module]:
+    """The language-model head, or the modules that a classification model has beside its base."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return [cast(nn.Module, head)]
+    return [module for _, module in model.named_children() if module is not model.base_model]
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Tables outside of the blocks, which are numbered: of words, positions and token types, not T5's distances."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not re.search(r"\.\d+\.", name)
+    ]
+
+
 def _is_layer_norm(name: str) -> bool:
-    return re.search(r"layer_?norm|\bnorm\b|\bln_", name, re.IGNORECASE) is not None
+    return re.search(r"layer_?norm|(\b|_)norm\b|\bln_", name, re.IGNORECASE) is not None

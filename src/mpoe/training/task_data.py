@@ -125,7 +125,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's rows, each with a `source` and a `target` text.
+    """A task's rows: each a `source` and a `target` text, or else as `load_task` says.
 
     Attributes:
         train: To train on.
@@ -142,7 +142,7 @@ class TaskData:
     dev_is_split: bool
 
 
-def load_task(task: Task, data_dir: str | None, seed: int) -> TaskData:
+def load_task(task: Task, data_dir: str | None, seed: int, in_columns: bool = False) -> TaskData:
     """Read a task's rows and split them as the paper does.
 
     Args:
@@ -150,6 +150,8 @@ def load_task(task: Task, data_dir: str | None, seed: int) -> TaskData:
         data_dir: A folder in GLUE's layout that has the task's folder, or this folder itself; None is the hub. For a
             task that a YAML file describes: where the files are that are not beside it.
         seed: Of the split, >= 0.
+        in_columns: The rows are to have a column for each text, `task.columns`, and `label`, a class index, score or
+            text, instead of source and target.
 
     Returns:
         The splits. A small task's development set is halved into validation and test. Of a larger one, 1000 training
@@ -177,8 +179,20 @@ def load_task(task: Task, data_dir: str | None, seed: int) -> TaskData:
         _require_rows(task, train, 2, "training")
         validation, train = _split(train, max(1, min(VALIDATION_ROWS, len(train) // 10)), seed)
         test = dev
-    splits = (_as_text(task, rows) for rows in (train, validation, test, dev))
+    form = _as_columns if in_columns else _as_text
+    splits = (form(task, rows) for rows in (train, validation, test, dev))
     return TaskData(*splits, dev_is_split=is_split)
+
+
+def limited(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
+    """At most so many rows.
+
+    Args:
+        rows: Of a split.
+        limit: Count; -1 is all of them.
+        seed: Of the draw.
+    """
+    return rows.shuffle(seed=seed).select(range(limit)) if 0 < limit < len(rows) else rows
 
 
 def _require_rows(task: Task, rows: Rows, least: int, name: str) -> None:
@@ -196,6 +210,11 @@ def _as_text(task: Task, rows: Rows) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {"source": [task.source(row) for row in rows], "target": [task.target(row) for row in rows]}
     )
+
+
+def _as_columns(task: Task, rows: Rows) -> datasets.Dataset:
+    texts = {name: [row[name].strip() for row in rows] for name in task.columns}
+    return datasets.Dataset.from_dict({**texts, "label": [row["label"] for row in rows]})
 
 
 def _from_hub(task: Task) -> tuple[Rows, Rows | None]:
