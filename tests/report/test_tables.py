@@ -100,6 +100,17 @@ def test_runs_of_other_tasks_have_gaps():
     assert rows[0]["cola accuracy"] == 0.7
 
 
+def test_scores_of_generated_texts_are_columns():
+    of_corpus = {"news": {"test": {"perplexity": 70.5, "tokens": 9.0, "words": 7.0}}}
+    scores = {"dense": {"bleu_2": 62.5, "bleu_4": 9.5, "self_bleu_2": 74.25, "samples": 500}}
+    rows = comparison_rows({"dense": make_result(of_corpus), "mpoe": make_result(of_corpus)}, scores)
+    assert list(rows[0])[1:5] == ["news perplexity", "BLEU-2", "BLEU-4", "Self-BLEU-2"]
+    assert rows[0]["Self-BLEU-2"] == 74.25
+    assert rows[1]["BLEU-2"] is None
+    assert comparison_text(rows, ".md").splitlines()[3].startswith("| mpoe | 70.5000 | - | - | - |")
+    assert "| 62.50 | 9.50 | 74.25 |" in comparison_text(rows, ".md")
+
+
 def test_metrics_have_a_row_a_split():
     metrics = {"validation": {"matthews": 0.25, "rows": 521}, "test": {"matthews": -0.125, "rows": 1522}}
     lines = lines_of(metrics_table(metrics, title="cola"))

@@ -11,9 +11,11 @@ from rich.console import Console
 from mpoe.cli.parsing import raise_error
 from mpoe.files import read_json, write_bytes
 from mpoe.report import comparison_rows, comparison_table, comparison_text
-from mpoe.report.comparison import FORMATS
+from mpoe.report.comparison import FORMATS, SCORES
 from mpoe.training.finetune import FinetuneResult
 from mpoe.training.run_folder import RESULTS_FILE
+
+SCORES_FILE = "scores.json"  # where `mpoe generate RUN ... --metrics RUN/scores.json` writes a run's
 
 
 def run(argv: Sequence[str]) -> None:
@@ -35,12 +37,14 @@ def run(argv: Sequence[str]) -> None:
     paths = [Path(path) for path in args.runs]
     # Where all runs lie in one folder, its name says nothing in a table.
     folders = {path.parent for path in paths}
-    results = {path.name if len(folders) == 1 else str(path): _result(path) for path in paths}
+    named = {path.name if len(folders) == 1 else str(path): path for path in paths}
+    results = {name: _result(path) for name, path in named.items()}
+    scores = {name: _scores(path / SCORES_FILE) for name, path in named.items() if (path / SCORES_FILE).is_file()}
     default = folders.pop() / "comparison.md" if len(folders) == 1 else Path("comparison.md")
     output = default if args.output is None else Path(args.output)
     if output.suffix not in FORMATS:
         raise ValueError(f"output must be a file {', '.join(FORMATS)}; got {output}")
-    rows = comparison_rows(results)
+    rows = comparison_rows(results, scores)
     console, table = Console(), comparison_table(rows)
     if not console.is_terminal:  # a file or pipe is as wide as it need be
         console.width = max(console.width, console.measure(table).maximum)
@@ -56,3 +60,12 @@ def _result(path: Path) -> FinetuneResult:
         return FinetuneResult.from_dict(read_json(path / RESULTS_FILE))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _scores(file: Path) -> dict[str, float]:
+    scores = read_json(file)
+    if not all(isinstance(scores.get(key), int | float) for key in SCORES):
+        raise ValueError(
+            f"{file} must be what mpoe generate or mpoe score wrote with --metrics; got one without scores"
+        )
+    return scores

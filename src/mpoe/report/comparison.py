@@ -15,13 +15,20 @@ from mpoe.training.finetune import FinetuneResult
 FORMATS = (".md", ".csv", ".json")
 
 
-def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, float | str | None]]:
+SCORES = {"bleu_2": "BLEU-2", "bleu_4": "BLEU-4", "self_bleu_2": "Self-BLEU-2"}
+
+
+def comparison_rows(
+    results: Mapping[str, FinetuneResult], scores: Mapping[str, Mapping[str, float]] | None = None
+) -> list[dict[str, float | str | None]]:
     """One row a run, the same columns in all; None where a run has no such number.
 
     Args:
         results: By the run's name. Metrics are those of the test rows (of the validation rows, and said so, where there
             is no test), and of several tasks the average of their first ones; cross-entropy in nats a row, of a corpus
             a token; parameters in millions, time in seconds, memory in GiB.
+        scores: Of texts that a run has generated, by its name: see `TextScores`. None, or no such name, is no such
+            text.
     """
     columns: dict[str, None] = {}
     rows: list[dict[str, float | str | None]] = []
@@ -33,6 +40,9 @@ def comparison_rows(results: Mapping[str, FinetuneResult]) -> list[dict[str, flo
             row |= {f"{task} {metric.replace('_', ' ')}{where}": value for metric, value in metrics.items()}
         if len(result.tasks) > 1:
             row["average"] = result.average["test"]
+        row |= {
+            shown: of_text[key] for of_text in [(scores or {}).get(name)] if of_text for key, shown in SCORES.items()
+        }
         columns |= dict.fromkeys(row)
         rows.append(
             row
@@ -87,5 +97,6 @@ def comparison_text(rows: Sequence[Mapping[str, float | str | None]], suffix: st
 def _shown(column: str, value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or "-"
-    digits = {"parameters, M": 1, "trained, M": 1, "steps": 0, "s a step": 2, "peak memory, GiB": 1}.get(column, 4)
+    digits = {"parameters, M": 1, "trained, M": 1, "steps": 0, "s a step": 2, "peak memory, GiB": 1}
+    digits = {**digits, **dict.fromkeys(SCORES.values(), 2)}.get(column, 4)
     return f"{value:,.{digits}f}"
