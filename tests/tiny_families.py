@@ -21,6 +21,12 @@ T5 = {
     "decoder_start_token_id": 0, "dropout_rate": 0.0,
 }  # fmt: skip
 DISTILBERT = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 64}
+GEMMA_3 = {
+    "text_config": LLAMA,
+    "vision_config": {**SIZES, "image_size": 8, "patch_size": 4},
+    "mm_tokens_per_image": 4,
+    **TOKENS,
+}
 DROPOUTS = (
     "hidden_dropout_prob attention_probs_dropout_prob attention_dropout hidden_dropout dropout activation_dropout "
     "resid_pdrop embd_pdrop attn_pdrop seq_classif_dropout pooler_dropout classifier_dropout"
@@ -47,6 +53,7 @@ _MODELS = {
     "qwen3": ("Qwen3", "ForCausalLM", LLAMA),
     "gemma2": ("Gemma2", "ForCausalLM", LLAMA),
     "gemma3_text": ("Gemma3", "ForCausalLM", LLAMA),
+    "gemma3": ("Gemma3", "ForConditionalGeneration", GEMMA_3),
     "phi3": ("Phi3", "ForCausalLM", LLAMA),
     "vit": ("ViT", "ForImageClassification", {**SIZES, "image_size": 8, "patch_size": 4}),
 }  # fmt: skip
@@ -62,7 +69,7 @@ def tiny_model(name, **options):
     if name.startswith("t5"):
         return tiny_t5({"t5-v1.0": V1_0, "t5-v1.1": V1_1}[name], **options)
     prefix, suffix, sizes = _MODELS[name]
-    config_class = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(prefix, prefix) + "Config")
+    config_class = getattr(transformers, prefix + ("TextConfig" if name == "gemma3_text" else "Config"))
     config = config_class(**{**dict.fromkeys(DROPOUTS, 0.0), **sizes, **options})
     model = getattr(transformers, prefix + suffix)(config).eval()
     with torch.no_grad():
@@ -85,6 +92,8 @@ def family_batch(name, rows=3, length=9):
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if name in ENCODERS:
         return {**batch, "labels": torch.randint(2, (rows,))}
+    if name == "gemma3":
+        batch["token_type_ids"] = torch.zeros_like(input_ids)  # text, no image
     if name not in ENCODER_DECODERS:
         return {**batch, "labels": input_ids.masked_fill(input_ids == 0, -100)}
     labels = torch.randint(3, 64, (rows, 5))

@@ -12,7 +12,7 @@ GAUGES = ("identity", "central", "sqrt")
 COMPONENTS = ("word_embed", "mlp", "attention")
 MOE_TYPES = ("switch", "moe", "none")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
-BIASES = ("none", "shared", "expert")
+BIASES = ("base", "none", "shared", "expert")
 AUXILIARY_SIDES = ("both", "narrow")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
 
@@ -63,7 +63,7 @@ class MPOEConfig:
         is_scale_prob: Multiply an expert's output by its router probability (as Switch does) instead of by p / p, whose
             value is 1 and whose gradient still reaches the router. Upcycling keeps the function only with False.
         expert_bias: Biases of the expert matrices: "shared" by all experts of a layer (as in the paper's code), or one
-            an "expert"; where the base has none they start at 0. "none" is for bases without biases. None is as the
+            an "expert"; where the base has none they start at 0. "none" is for bases without biases. "base" is as the
             base has them, shared.
         expert_dropout: Dropout inside the experts, in [0, 1]; None is the base model's (the reference: switch_dropout).
         capacity_factor: An expert takes at most max(4, capacity_factor · tokens / num_experts) tokens of a training
@@ -111,7 +111,7 @@ class MPOEConfig:
     offset_scale: float = 0.3
     expert_noise: float = 0.0
     is_scale_prob: bool = False
-    expert_bias: str | None = None
+    expert_bias: str = "base"
     expert_dropout: float | None = None
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -138,7 +138,7 @@ class MPOEConfig:
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
         for name, choices in (
-            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", (None, *BIASES)),
+            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
             ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE),
         ):  # fmt: skip

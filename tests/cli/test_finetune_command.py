@@ -238,6 +238,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),
         (["--site_dims", "[1]"], "site_dims must be a JSON object"),
         (["--site_dims", "{"], "site_dims must be a JSON object"),
+        (["--feed_forward", '{"path": "layers.*.mlp"}'], "feed_forward must have the keys"),
         (["--layers", "one"], "layers must be a comma list of integers; got 'one'"),
         (["--layers", "9"], "layers must be among the model's 0..1; got [9]"),
         (["--model_name_or_path", "data"], "must be a folder with a config.json; data has none"),

@@ -84,7 +84,7 @@ def bert(**options):
     return model
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(None, 1), ("shared", 1), ("expert", 3)])
+@pytest.mark.parametrize(("kind", "rows"), [("base", 1), ("shared", 1), ("expert", 3)])
 def test_biases_are_shared_or_one_each(kind, rows):
     dense = bert()
     bias = dense.bert.encoder.layer[0].output.dense.bias.detach().clone()

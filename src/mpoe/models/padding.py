@@ -1,7 +1,8 @@
-"""Padding, told to the routers: the attention mask that a stack of layers is called with reaches its mixtures.
+"""Padding, told to the routers: the attention mask that a model is called with reaches its mixtures.
 
-A router sees hidden states only. So a hook on every model that holds mixtures directly (of an encoder-decoder model its
-stacks, of others the model without its head) hands over which tokens are real before they run.
+A router sees hidden states only. So a hook on every Transformers model that holds mixtures, also on one inside of
+another (the model without its head; of an encoder-decoder only these, its stacks), hands over which tokens are real
+before they run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def add_padding_hooks(model: PreTrainedModel) -> None:
     """
     is_encoder_decoder = model.config.is_encoder_decoder
     for stack in model.modules():
-        if not isinstance(stack, PreTrainedModel) or not _own_mixtures(stack):
+        if not isinstance(stack, PreTrainedModel) or not _mixtures(stack, is_encoder_decoder):
             continue
         parameters = list(inspect.signature(stack.forward).parameters)
         places = {name: parameters.index(name) for name in ("input_ids", "attention_mask") if name in parameters}
@@ -37,7 +38,9 @@ def add_padding_hooks(model: PreTrainedModel) -> None:
         ends = _end_tokens(model.config) if is_decoder else None
         hooks = stack._forward_pre_hooks.values()
         if not any(isinstance(hook, partial) and hook.func is _set_token_masks for hook in hooks):
-            stack.register_forward_pre_hook(partial(_set_token_masks, places=places, ends=ends), with_kwargs=True)
+            stack.register_forward_pre_hook(
+                partial(_set_token_masks, places=places, ends=ends, own=is_encoder_decoder), with_kwargs=True
+            )
 
 
 def _end_tokens(config: PreTrainedConfig) -> list[int]:
@@ -46,30 +49,35 @@ def _end_tokens(config: PreTrainedConfig) -> list[int]:
     return [token for token in (config.pad_token_id, *tokens) if token is not None]
 
 
-def _own_mixtures(stack: nn.Module) -> list[MoEFeedForward]:
-    """The mixtures of a model that are not in a model inside of it."""
+def _mixtures(stack: nn.Module, own: bool) -> list[MoEFeedForward]:
+    """The mixtures of a model; if `own`, without those of models inside of it."""
     found: list[MoEFeedForward] = []
     for child in stack.children():
         if isinstance(child, MoEFeedForward):
             found.append(child)
-        elif not isinstance(child, PreTrainedModel):
-            found += _own_mixtures(child)
+        elif not (own and isinstance(child, PreTrainedModel)):
+            found += _mixtures(child, own)
     return found
 
 
 def _set_token_masks(
-    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], places: dict[str, int], ends: list[int] | None
+    stack: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    places: dict[str, int],
+    ends: list[int] | None,
+    own: bool,
 ) -> None:
     given = {name: args[place] for name, place in places.items() if place < len(args)} | kwargs
     mask, token_ids = given.get("attention_mask"), given.get("input_ids")
-    if not isinstance(mask, Tensor) and ends is not None and isinstance(token_ids, Tensor):
+    if mask is None and ends is not None and isinstance(token_ids, Tensor):
         # Transformers pads targets without a mask. After the target's last token, which is an input too, there is
         # nothing to say; the first input may be one of these tokens, and is real.
         mask = torch.isin(token_ids, torch.tensor(ends, device=token_ids.device), invert=True)
         mask[:, 0] = True
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
-        mask = None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point()):
+        return  # what a model around this one has made of the mask, which it has handed over itself
     if mask is not None and is_known_to_host(mask.device) and bool(mask.all()):
         mask = None  # spares the routers what changes nothing
-    for mixture in _own_mixtures(stack):
+    for mixture in _mixtures(stack, own):
         mixture.token_mask = None if mask is None else mask.bool()

@@ -162,11 +162,11 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
 
 
 def _bias_kind(config: MPOEConfig, has_bias: bool, name: str) -> str:
-    if config.expert_bias is None:
+    if config.expert_bias == "base":
         return "shared" if has_bias else "none"
     if has_bias and config.expert_bias == "none":
         raise ValueError(
-            f"expert_bias must be 'shared', 'expert' or None for a base with biases; got 'none', and {name} has one"
+            f"expert_bias must be 'base', 'shared' or 'expert' for a base with biases; got 'none', and {name} has one"
         )
     return config.expert_bias
 

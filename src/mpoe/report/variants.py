@@ -157,10 +157,8 @@ def ffn_experts(shape: ModelShape, config: MPOEConfig) -> list[MPOExperts]:
             f"mpo_layers ('mlp',); got {config.num_experts}, {config.moe_type!r}, {config.mpo_layers}"
         )
     with torch.device("meta"):
-        return [
-            empty_mpo(out, inner, config, "mlp", name, config.num_experts, config.expert_bias or "none")
-            for name, out, inner in shape.ffn
-        ]
+        bias = "none" if config.expert_bias == "base" else config.expert_bias  # these sizes are of bases without
+        return [empty_mpo(out, inner, config, "mlp", name, config.num_experts, bias) for name, out, inner in shape.ffn]
 
 
 def mixture_blocks(shape: ModelShape, config: MPOEConfig) -> int:

@@ -120,6 +120,20 @@ class MixtureArguments:
     expert_noise: float = field(
         default=MPOEConfig.expert_noise, metadata={"help": "Relative standard deviation of noise on the auxiliaries."}
     )
+    expert_bias: Literal["base", "none", "shared", "expert"] = field(
+        default="base",
+        metadata={
+            "help": "Biases of the experts: shared by those of a layer, or one for each expert; base is shared where "
+            "the base has any, none refuses such a base."
+        },
+    )
+    feed_forward: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Where a model that mpoe does not know keeps its feed-forward networks, JSON: {"path": '
+            '"layers.*.ffn", "up": "w1", "down": "w2", "activation": "act"}.'
+        },
+    )
     switch_dropout: float | None = field(
         default=None, metadata={"help": "Dropout inside the experts; the model's own if left out."}
     )
@@ -208,6 +222,8 @@ class MixtureArguments:
             layers=_integers("layers", self.layers),
             offset_scale=self.offset_scale,
             expert_noise=self.expert_noise,
+            expert_bias=self.expert_bias,
+            feed_forward=_json_object("feed_forward", self.feed_forward),
             expert_dropout=self.switch_dropout,
             is_scale_prob=self.is_scale_prob,
             capacity_factor=self.capacity_factor,
