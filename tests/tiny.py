@@ -1,5 +1,8 @@
 """Tiny random models and tokenizers for tests: real classes, made in milliseconds."""
 
+import subprocess
+import sys
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -18,6 +21,25 @@ FLAGS = (
     "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --disable_tqdm True --logging_steps 2"
 ).split()
 """`mpoe finetune` on the folder of tests/cli/conftest.py."""
+
+
+_KILL = """
+import os, signal, sys
+from mpoe.training.trainer import StepTimer
+end = StepTimer.on_step_end
+def on_step_end(self, args, state, control, **kwargs):
+    end(self, args, state, control, **kwargs)
+    if state.global_step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
+StepTimer.on_step_end = on_step_end
+from mpoe.cli.main import main
+main(["finetune", *sys.argv[2:]])
+"""
+
+
+def run_and_kill(flags, step):
+    """`mpoe finetune` in a process of its own, killed outright after an optimizer step."""
+    killed = subprocess.run([sys.executable, "-c", _KILL, str(step), *flags], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
 
 
 def files(folder):

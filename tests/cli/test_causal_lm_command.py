@@ -1,8 +1,6 @@
 """`mpoe finetune --objective causal-lm` on text files: what it reports, resumes and refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ import mpoe
 from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import mixtures
-from tiny import assert_refused, tiny_tokenizer
+from tiny import assert_refused, run_and_kill, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
 FLAGS = (
@@ -122,19 +120,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(ground):
         "--dropout", "0.1", "--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2",
     ]  # fmt: skip
     unbroken = finetune.run([*flags, "--output_dir", "unbroken"])
-    kill = (
-        "import os, signal, sys\n"
-        "from mpoe.training.trainer import StepTimer\n"
-        "end = StepTimer.on_step_end\n"
-        "def on_step_end(self, args, state, control, **kwargs):\n"
-        "    end(self, args, state, control, **kwargs)\n"
-        "    if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "StepTimer.on_step_end = on_step_end\n"
-        "from mpoe.cli.main import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", kill, "finetune", *flags], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    run_and_kill(flags, step=5)
     resumed = finetune.run(flags)
     assert same(weights("run"), weights("unbroken"))
     assert resumed.tasks == unbroken.tasks

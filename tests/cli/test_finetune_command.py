@@ -1,8 +1,6 @@
 """`mpoe finetune` as the paper trains: the reference's flags, several tasks, what trains, adapters, comparisons."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import is_upcycled, mixtures
 from mpoe.nn import MPOExperts
-from tiny import FLAGS, assert_refused, tiny_batch, tiny_t5, tiny_tokenizer
+from tiny import FLAGS, assert_refused, run_and_kill, tiny_batch, tiny_t5, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Two experts and a dozen tokens: one of them goes hungry.
@@ -149,20 +147,7 @@ def test_several_tasks_resume_in_the_middle_of_an_epoch(ground, monkeypatch):
         "--mpo_lr", "1e-4", "--switch_dropout", "0.1", "--dropout", "0.1", "--router_jitter", "0.1",
     ]  # fmt: skip
     unbroken = finetune.run([*flags, "--output_dir", "unbroken"])
-    kill = (
-        "import os, signal, sys\n"
-        "from transformers import TrainerCallback\n"
-        "from mpoe.training.trainer import StepTimer\n"
-        "end = StepTimer.on_step_end\n"
-        "def on_step_end(self, args, state, control, **kwargs):\n"
-        "    end(self, args, state, control, **kwargs)\n"
-        "    if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "StepTimer.on_step_end = on_step_end\n"
-        "from mpoe.cli.main import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", kill, "finetune", *flags], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    run_and_kill(flags, step=5)
     resumed = finetune.run(flags)
     assert same(weights("run"), weights("unbroken"))
     assert resumed.gradient_mask == unbroken.gradient_mask
