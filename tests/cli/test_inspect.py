@@ -9,6 +9,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 import mpoe
 from mpoe.cli.main import main
 from tiny import assert_refused, tiny_t5
+from tiny_families import tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
@@ -25,6 +26,15 @@ def printed(capsys, *command):
 def row(lines, name):
     """The cells behind the first row of that name."""
     return next(line for line in lines if line.strip().startswith(name)).split(name)[1].split()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
+def test_every_family_is_counted(name, tmp_path, capsys):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / name)
+    lines = printed(capsys, str(tmp_path / name), "--num_experts", "4")
+    dense = f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}"
+    assert next(line for line in lines if "dense model" in line).split("│")[2].strip() == dense
 
 
 def test_scale_of_t5_base(capsys):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
@@ -157,10 +158,18 @@ def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrained
         delattr(config, "quantization_config")
     with torch.device("meta"):
         with clear_load_errors(type(config).__name__):
-            model = AutoModelForSeq2SeqLM.from_config(config)
+            model = _dense(config)
         if getattr(config, "scale_decoder_outputs", True) is False:
             # T5 v1.1 and flan: their checkpoints have a head of their own, but T5Config says "tied" whatever it read.
             model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
         if mixture is not None:
             swap_modules(model, mixture)
     return model
+
+
+def _dense(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of the class that its config names, or else with a language-model head; with random weights."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if architecture is not None:
+        return architecture(config)
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
