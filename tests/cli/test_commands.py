@@ -213,7 +213,7 @@ def test_damaged_and_foreign_models_are_named(ground, capsys):
     weights = ground / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(["finetune", *FLAGS]) == 2
-    assert "complete Transformers model" in capsys.readouterr().err.splitlines()[-1]
+    assert "the weights in model must be complete and undamaged" in capsys.readouterr().err.splitlines()[-1]
     (ground / "model" / "config.json").write_text('{"model_type": "bert"}')
     assert main(["finetune", *FLAGS]) == 2
     error = capsys.readouterr().err

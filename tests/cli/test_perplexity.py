@@ -77,3 +77,11 @@ def test_a_saved_mixture_is_measured_as_it_is(ground):
     tiny_tokenizer().save_pretrained("mixture")
     assert main(["perplexity", "mixture", "--corpus", "text.txt", "--output", "found.json"]) == 0
     assert json.loads(Path("found.json").read_text())["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+
+
+def test_a_tokenizer_of_another_model_is_refused(ground, capsys):
+    config = GPT2Config(vocab_size=20, n_positions=32, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained("model")
+    command = ["perplexity", "model", "--test_file", "text.txt"]
+    message = f"has one of {len(tiny_tokenizer())} tokens, and the model's word embedding has 20 rows"
+    assert_refused(command, message, ground, capsys)

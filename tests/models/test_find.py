@@ -68,6 +68,10 @@ def test_an_unknown_model_is_refused_and_its_candidates_are_named():
         ({**GATED, "is_fused": "yes"}, r"feed_forward\['is_fused'\] must be of type bool"),
         ({**GATED, "stack": "middle"}, "must be 'encoder' or 'decoder'"),
         ({**GATED, "path": "layers.mlp"}, "must have a star"),
+        (
+            {k: v for k, v in GATED.items() if k != "gate"},
+            r"every matrix of model\.layers\.0\.mlp.*leaves out gate_proj",
+        ),
         ({**GATED, "up": "wi"}, r"networks layers\.\*\.mlp with wi, .*none\..*CohereMLP"),
     ],
 )

@@ -22,6 +22,8 @@ COMMANDS = {
     "score": "BLEU and Self-BLEU of generated sentences: mpoe score SAMPLES --reference FILE",
 }
 
+RESUMED = ("demo", "finetune")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -53,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"mpoe {argv[0]}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print(
-            f"\nmpoe {argv[0]}: interrupted; the same command goes on from its last checkpoint, if it wrote one",
-            file=sys.stderr,
-        )
+        advice = "; the same command goes on from its last checkpoint, if it wrote one" if argv[0] in RESUMED else ""
+        print(f"\nmpoe {argv[0]}: interrupted{advice}", file=sys.stderr)
         return 130
     return 0
 

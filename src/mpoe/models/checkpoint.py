@@ -170,7 +170,9 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {path} must be complete and undamaged; {error}: copy them again") from error
+    except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} must be a folder with a config.json and a complete Transformers model of the right kind, or the "

@@ -106,6 +106,8 @@ def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) ->
         raise ValueError(
             f"the model must have feed-forward networks {what}; {type(model).__name__} has none. {_candidates(model)}"
         )
+    if config.feed_forward is not None:
+        _check_described(found[0][0])
     return _chosen(found, config)
 
 
@@ -220,6 +222,19 @@ def _has_all(module: nn.Module, attributes: Iterable[str]) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _check_described(found: FoundFeedForward) -> None:
+    """Refuse a description that leaves out a matrix of the module that is replaced: its gate, say."""
+    names = found.names
+    if names.at:
+        return
+    left_out = [name for name, layer in found.module.named_modules() if _is_linear(layer) and name not in names.parts]
+    if left_out:
+        raise ValueError(
+            f"feed_forward must name every matrix of {found.name}, which is replaced; it leaves out "
+            f"{', '.join(left_out)}: add gate, or say with at which module is replaced"
+        )
 
 
 def _family(model: nn.Module, model_type: str) -> Family:

@@ -23,5 +23,5 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], title: str, rows: 
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for split, values in metrics.items():
-        table.add_row(split, *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:.4f}" for n in names))
+        table.add_row(split, *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:,.4f}" for n in names))
     return table

@@ -64,6 +64,12 @@ def load_model(
         except RuntimeError as error:  # weights of other shapes, as of a head for other labels
             raise ValueError(f"its weights do not fit: {' '.join(str(error).split())[:300]}") from error
     tokenizer = load_tokenizer(arguments.tokenizer_name or path)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", len(tokenizer))
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer must be the model's; {arguments.tokenizer_name or path} has one of {len(tokenizer):,} "
+            f"tokens, and the model's word embedding has {rows:,} rows: correct tokenizer_name, or resize the embedding"
+        )
     if config is not None and not is_upcycled(model):
         upcycle(model, config)
     if arguments.load_experiment is not None:
