@@ -72,8 +72,8 @@ def test_what_is_wrong_or_raises_stops_nothing_else(tmp_path, monkeypatch):
 
     forward = TopKRouter.forward
 
-    def wrong(router, x):
-        route = forward(router, x)
+    def wrong(router, x, mask=None):
+        route = forward(router, x, mask)
         if router.top_k > 1:
             route.weight = route.weight * 1.1
         return route
