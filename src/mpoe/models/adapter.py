@@ -74,13 +74,13 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class _SavedAdapter:
-    """What an adapter's folder holds."""
+    """What an adapter's folder holds beside its tensors."""
 
     config: MPOEConfig
     model: AdaptedModel
     base_hash: str
     base_dtypes: list[str]
-    tensors: dict[str, Tensor]
+    weights_hash: str
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -175,8 +175,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             has not, another base, a name that is taken, parameters that train outside of the active adapter. A mixture
             is unchanged then. A dense model is upcycled before its parameters can be compared, and stays so.
     """
-    saved = _read(Path(folder))
-    config, adapters = mpoe_config(model), _adapters(model)
+    saved, config, adapters = _read(Path(folder)), mpoe_config(model), _adapters(model)
+    held_tensors = _read_tensors(Path(folder), saved)
     if config is None:
         upcycle(model, saved.config)
         align(model)  # without it the base's weights, fresh from a file, may give other last bits than in training
@@ -186,18 +186,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         raise ValueError(f"name must be new; {name!r} is one of the loaded adapters {sorted(adapters.adapters)}")
     _check_trained(model, adapters)
     tensors = _tensors(model)
-    for held, value in sorted(saved.tensors.items()):
+    for held, value in sorted(held_tensors.items()):
         if held not in tensors or tensors[held].shape != value.shape:
             here = f"one of shape {tuple(tensors[held].shape)}" if held in tensors else "none"
             raise ValueError(
                 f"{folder} must be an adapter of this kind of model; it holds a {held} of shape {tuple(value.shape)}, "
                 f"the model has {here}"
             )
-    _check_base(model, adapters, saved, folder)
+    _check_base(model, adapters, saved, held_tensors, folder)
 
-    for held in saved.tensors:
+    for held in held_tensors:
         adapters.base.setdefault(held, _copy(tensors[held]))
-    adapters.adapters[name] = saved.tensors
+    adapters.adapters[name] = held_tensors
     setattr(model, _ATTRIBUTE, adapters)
     _activate(model, adapters, name)
     return model
@@ -330,6 +330,7 @@ def _first_of(names: list[str]) -> str:
 
 
 def _read(folder: Path) -> _SavedAdapter:
+    """What an adapter says of itself; its weights, which are much larger, are only looked for."""
     file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path in (file, weights_file):
         if not path.is_file():
@@ -341,24 +342,26 @@ def _read(folder: Path) -> _SavedAdapter:
         raise ValueError(f"{file} must have version {VERSION}; got {values.get('version')!r}: update mpoe")
     try:
         config = MPOEConfig.from_dict(values["mpoe"])
-        weights_hash, base_hash = values["weights_hash"], values["base_hash"]
-        base_dtypes = values["base_dtypes"]
         head = values.get("head", {})
         if head.get("id2label"):
             head["id2label"] = {int(index): label for index, label in head["id2label"].items()}
         model = AdaptedModel(values["base_model_name_or_path"], values.get("architecture"), head)
+        return _SavedAdapter(config, model, values["base_hash"], values["base_dtypes"], values["weights_hash"])
     except KeyError as error:
         raise ValueError(f"{file} must be as mpoe.save_adapter writes it; it has no {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} must hold the config of a mixture under 'mpoe'; {error}") from error
+
+
+def _read_tensors(folder: Path, saved: _SavedAdapter) -> dict[str, Tensor]:
+    weights_file = folder / WEIGHTS_FILE
     try:
         weights = weights_file.read_bytes()
-        if hashlib.sha256(weights).hexdigest() != weights_hash:
+        if hashlib.sha256(weights).hexdigest() != saved.weights_hash:
             raise ValueError(f"its sha256 is not the weights_hash of {CONFIG_FILE}")
-        tensors = safetensors.torch.load(weights)
+        return safetensors.torch.load(weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{weights_file} must be complete and unchanged; {error}: copy or save it again") from error
-    return _SavedAdapter(config, model, base_hash, base_dtypes, tensors)
 
 
 def _check_config(saved: MPOEConfig, config: MPOEConfig, folder: str | Path) -> None:
@@ -382,10 +385,12 @@ def _check_trained(model: nn.Module, adapters: AdapterSet) -> None:
         )
 
 
-def _check_base(model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapter, folder: str | Path) -> None:
-    base_hash = _base_hash(model, saved.tensors, adapters.base)
+def _check_base(
+    model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapter, held: Collection[str], folder: str | Path
+) -> None:
+    base_hash = _base_hash(model, held, adapters.base)
     if base_hash != saved.base_hash:
-        dtypes = _dtypes(model, saved.tensors)
+        dtypes = _dtypes(model, held)
         same = dtypes == saved.base_dtypes
         what = "weights that it was trained with" if same else f"base with dtype {' and '.join(saved.base_dtypes)}"
         raise ValueError(
