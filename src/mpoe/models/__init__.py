@@ -18,6 +18,7 @@ from mpoe.models.matrices import set_compute
 from mpoe.models.merge import merge
 from mpoe.models.quantized_base import memory_bytes
 from mpoe.models.router_loss import mixtures, mpoe_config, routers, take_router_loss
+from mpoe.models.routing import shuffled_routing
 from mpoe.models.upcycle import upcycle
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_compute",
+    "shuffled_routing",
     "take_router_loss",
     "upcycle",
 ]

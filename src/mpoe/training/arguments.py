@@ -334,6 +334,13 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     # Transformers' own default follows its log level, and the command line keeps that at errors.
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Score labels by generating them."})
+    test_routing: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate a second time at the end, with every layer's routing shuffled among the tokens: if that "
+            "costs nothing, the mixture does nothing."
+        },
+    )
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

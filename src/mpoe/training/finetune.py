@@ -24,7 +24,9 @@ from mpoe.models import (
     mpoe_config,
     reset_usage,
     router_statistics,
+    routers,
     save_adapter,
+    shuffled_routing,
 )
 from mpoe.models.adapter import WEIGHTS_FILE
 from mpoe.nn import Accumulation, RouterStatistics
@@ -52,10 +54,12 @@ class FinetuneResult:
             routers' part included, nats; None if none was logged.
         steps: Optimizer steps, count.
         seconds_per_step: Median wall-clock seconds of a training step; None if every step was run before.
+        tokens_per_second: Input tokens of training steps; None unless `include_num_input_tokens_seen` counts them.
         peak_memory: Largest memory of the process (on a GPU: of its tensors) since it started, bytes.
         parameters: Counts.
         trained: What trained, and at which rate.
         routers: How each layer's router spread the evaluated tokens.
+        shuffled: As `tasks`, with the routing shuffled (see `mpoe.models.shuffled_routing`); None if not asked for.
         gradient_mask: Updates of central tensors that could have been discarded, and that were; None without a mask.
         adapter_bytes: Size of the adapter's weights; None if none was saved.
         versions: Of Python and the libraries.
@@ -66,10 +70,12 @@ class FinetuneResult:
     train_loss: float | None
     steps: int
     seconds_per_step: float | None
+    tokens_per_second: float | None
     peak_memory: int
     parameters: ParameterCount
     trained: list[TrainedPart]
     routers: dict[str, RouterStatistics]
+    shuffled: dict[str, dict[str, dict[str, float]]] | None
     gradient_mask: dict[str, int] | None
     adapter_bytes: int | None
     versions: dict[str, str]
@@ -118,6 +124,8 @@ def finetune(
         folder: Where everything is written, claimed here; its checkpoint, if any, is resumed.
         trainable: The rate of the MPOs and the gradient mask; None is neither.
     """
+    if args.test_routing and not routers(model):
+        raise ValueError("test_routing shuffles what routers decide; this model has none. Leave it out")
     parts = objective.prepare(model, tokenizer, args)
     timer = StepTimer()
     callbacks: list[transformers.TrainerCallback] = [timer, DeadExpertWarning()]
@@ -137,6 +145,10 @@ def finetune(
         model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
     reset_usage(model)
     metrics = objective.evaluate(trainer)
+    statistics_of_routers, shuffled = router_statistics(model), None
+    if args.test_routing:
+        with shuffled_routing(model, args.seed):
+            shuffled = objective.evaluate(trainer)
     adapter_bytes = None
     if trainable is not None and trainable.freezing().tensor_learn and trainer.is_world_process_zero():
         adapter_bytes = _save_adapter(model, folder.path / ADAPTER_FOLDER)
@@ -146,10 +158,12 @@ def finetune(
         train_loss=mean_loss(trainer.state.log_history),
         steps=done.global_step,
         seconds_per_step=timer.median,
+        tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory(),
         parameters=count_parameters(model),
         trained=trained_parts(model, args.learning_rate, None if trainable is None else trainable.mpo_lr),
-        routers=router_statistics(model),
+        routers=statistics_of_routers,
+        shuffled=shuffled,
         gradient_mask=None if mask is None else {"drawn": mask.drawn, "discarded": mask.discarded},
         adapter_bytes=adapter_bytes,
         versions={

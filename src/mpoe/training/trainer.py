@@ -106,10 +106,16 @@ def build_trainer(
 
 @dataclass
 class StepTimer(TrainerCallback):
-    """Wall-clock seconds of every training step, evaluation and saving left out."""
+    """Wall-clock seconds of every training step, evaluation and saving left out, and the input tokens of all."""
 
     seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
     _started: float = 0.0
+    _tokens_before: int = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer; a resumed run has the tokens of its checkpoint in `state`."""
+        self._tokens_before = state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
@@ -118,6 +124,12 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
         self.seconds.append(time.perf_counter() - self._started)
+        self.tokens = state.num_input_tokens_seen - self._tokens_before
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Input tokens a second of training steps; None if they were not counted (`include_num_input_tokens_seen`)."""
+        return self.tokens / sum(self.seconds) if self.tokens else None
 
     @property
     def median(self) -> float | None:
