@@ -14,6 +14,7 @@ MOE_TYPES = ("switch", "moe", "none")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
 BIASES = ("base", "none", "shared", "expert")
 AUXILIARY_SIDES = ("both", "narrow")
+ROUTING = ("token", "sequence", "prefix")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
 
 
@@ -49,6 +50,8 @@ class MPOEConfig:
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
             singular values on both sides of every bond, as in the reference implementation.
+        share_central: Whether the experts of a layer share its central tensor. Without, each expert is an MPO of its
+            own: larger than whole experts, and only there to be compared with.
         feed_forward: Where a model keeps its feed-forward networks, if no row of `mpoe.models.families` says so: the
             fields of `FeedForwardNames` there, like
             `{"path": "layers.*.ffn", "up": "w1", "down": "w2", "activation": "act"}`.
@@ -66,6 +69,9 @@ class MPOEConfig:
             an "expert"; where the base has none they start at 0. "none" is for bases without biases. "base" is as the
             base has them, shared.
         expert_dropout: Dropout inside the experts, in [0, 1]; None is the base model's (the reference: switch_dropout).
+        routing: What goes to an expert as one. "token": every token by itself. "sequence": all tokens of an input, by
+            their mean. "prefix": all tokens of an input, by its first four, which name the task in T5's text-to-text
+            tasks, so that tasks, not inputs, get experts. The last two are for encoders, whose tokens see each other.
         capacity_factor: An expert takes at most max(4, capacity_factor · tokens / num_experts) tokens of a training
             batch, > 0; what it cannot take is dropped and passes through the residual. None drops nothing.
         eval_capacity_factor: The same in evaluation.
@@ -105,6 +111,7 @@ class MPOEConfig:
     attention_bond_dim: int | None = None
     site_dims: dict[str, Any] | None = None
     gauge: str = "identity"
+    share_central: bool = True
     feed_forward: dict[str, Any] | None = None
     stacks: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
@@ -113,6 +120,7 @@ class MPOEConfig:
     is_scale_prob: bool = False
     expert_bias: str = "base"
     expert_dropout: float | None = None
+    routing: str = "token"
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     second_policy_train: str = "all"
@@ -140,7 +148,7 @@ class MPOEConfig:
         for name, choices in (
             ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
-            ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE),
+            ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE), ("routing", ROUTING),
         ):  # fmt: skip
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
@@ -153,6 +161,9 @@ class MPOEConfig:
             not self.is_mixture or self.experts_per_token <= self.num_experts,
             "top_k", f"at most num_experts = {self.num_experts}", self.experts_per_token,
         )  # fmt: skip
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            _require(self.routing == "token" or value is None, name, "None with a routing of whole inputs", value)
         for name in ("second_policy_train", "second_policy_eval"):
             _require(
                 getattr(self, name) == "all" or self.experts_per_token > 1,
@@ -177,6 +188,7 @@ class MPOEConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
+        _require(isinstance(self.share_central, bool), "share_central", "True or False", self.share_central)
         _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)
         dropout, threshold = self.expert_dropout, self.second_threshold
         _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)

@@ -16,6 +16,7 @@ from mpoe.nn import (
     MPOExperts,
     MPOLinear,
     RouterStatistics,
+    UnsharedMPOExperts,
 )
 
 
@@ -71,6 +72,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             central += shared
             auxiliary += own
             one_token += shared + own // experts.num_experts * top_k.get(id(experts), 1)
+        elif isinstance(experts, UnsharedMPOExperts):  # its MPOs are counted by themselves, each as a matrix
+            unmet = experts.num_experts - top_k.get(id(experts), 1)
+            one_token -= unmet * sum(p.numel() for p in experts.mpos[0].parameters())
+            dense -= (experts.num_experts - 1) * experts.dims.out_features * experts.dims.in_features
+            continue
         elif isinstance(experts, DenseExperts):
             matrix = experts.weight[0].numel()
             central += experts.weight.numel()

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpoe.models.find import find_embedding, find_feed_forwards
 from mpoe.models.router_loss import mpoe_config
-from mpoe.nn import DenseExperts, FrozenBaseExperts, MoEFeedForward, MPOEmbedding, MPOExperts, MPOLinear
+from mpoe.nn import Experts, FrozenBaseExperts, MoEFeedForward, MPOEmbedding, MPOLinear
 
 
 @torch.no_grad()
@@ -82,9 +82,7 @@ def _share(model: nn.Module, dense: nn.Module) -> None:
                     own[name] = value  # pyright: ignore[reportArgumentType]
 
 
-def _fill(
-    layer: nn.Module, experts: MPOExperts | DenseExperts | FrozenBaseExperts, expert: int | None, name: str
-) -> None:
+def _fill(layer: nn.Module, experts: Experts, expert: int | None, name: str) -> None:
     """Give a linear layer an expert's matrix and bias, or the means."""
     if expert is None:
         matrix = sum(experts.expert_matrix(e) for e in range(experts.num_experts)) / experts.num_experts

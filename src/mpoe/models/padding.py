@@ -1,4 +1,4 @@
-"""Padding, told to the routers: the attention mask that a model is called with reaches its mixtures.
+"""What a router cannot see is told to it: the padding of a model's inputs, and how they begin.
 
 A router sees hidden states only. So a hook on every Transformers model that holds mixtures, also on one inside of
 another (the model without its head; of an encoder-decoder only these, its stacks), hands over which tokens are real
@@ -18,9 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpoe.nn import MoEFeedForward
 from mpoe.nn.grouped import is_known_to_host
 
+PREFIX_TOKENS = 4
+
 
 def add_padding_hooks(model: PreTrainedModel) -> None:
-    """Hand the attention mask of every forward to the mixtures; a second call changes nothing.
+    """Hand the attention mask of every forward, and the prefixes, to the mixtures; a second call changes nothing.
 
     The mask stays with a mixture until the next forward, because gradient checkpointing computes a layer again during
     the backward pass.
@@ -60,6 +62,14 @@ def _mixtures(stack: nn.Module, own: bool) -> list[MoEFeedForward]:
     return found
 
 
+@torch.no_grad()
+def _prefix(stack: Any, token_ids: Tensor) -> Tensor:
+    """How every input begins, (B, D): the sum of its first embeddings, weighed so that their order counts."""
+    first = stack.get_input_embeddings()(token_ids[:, :PREFIX_TOKENS]).float()
+    weight = torch.arange(1, first.shape[1] + 1, dtype=first.dtype, device=first.device)
+    return torch.einsum("bsd,s->bd", first, weight)
+
+
 def _set_token_masks(
     stack: nn.Module,
     args: tuple[Any, ...],
@@ -70,6 +80,12 @@ def _set_token_masks(
 ) -> None:
     given = {name: args[place] for name, place in places.items() if place < len(args)} | kwargs
     mask, token_ids = given.get("attention_mask"), given.get("input_ids")
+    mixtures = _mixtures(stack, own)
+    by_prefix = [mixture for mixture in mixtures if mixture.routing == "prefix"]
+    if by_prefix:
+        prefix = None if token_ids is None else _prefix(stack, token_ids)
+        for mixture in by_prefix:
+            mixture.prefix = prefix
     if mask is None and ends is not None and isinstance(token_ids, Tensor):
         # Transformers pads targets without a mask. After the target's last token, which is an input too, there is
         # nothing to say; the first input may be one of these tokens, and is real.
@@ -79,5 +95,5 @@ def _set_token_masks(
         return  # what a model around this one has made of the mask, which it has handed over itself
     if mask is not None and is_known_to_host(mask.device) and bool(mask.all()):
         mask = None  # spares the routers what changes nothing
-    for mixture in _mixtures(stack, own):
+    for mixture in mixtures:
         mixture.token_mask = None if mask is None else mask.bool()

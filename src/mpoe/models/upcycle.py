@@ -24,7 +24,7 @@ from mpoe.models.matrices import empty_mpo, set_compute
 from mpoe.models.padding import add_padding_hooks
 from mpoe.models.quantized_base import frozen_base_experts, is_quantized, take_over_quantizer
 from mpoe.models.router_loss import add_router_loss_hook
-from mpoe.nn import DenseExperts, FrozenBaseExperts, MoEFeedForward, MPOExperts, TopKRouter
+from mpoe.nn import DenseExperts, Experts, FrozenBaseExperts, MoEFeedForward, TopKRouter, UnsharedMPOExperts
 
 
 def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrainedModel:
@@ -128,8 +128,13 @@ def _mark(model: PreTrainedModel, config: MPOEConfig) -> None:
 def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeedForward:
     """An empty mixture with the sizes, dtypes, device and mode of a dense feed-forward network."""
     names = feed_forward.names
+    if config.routing != "token" and names.stack == "decoder":
+        raise ValueError(
+            f"routing {config.routing!r} must be of inputs that are there as a whole; a decoder's tokens must not see "
+            "those after them, and would. Choose stacks: encoder, or routing 'token'"
+        )
 
-    def experts(name: str) -> MPOExperts | DenseExperts | FrozenBaseExperts:
+    def experts(name: str) -> Experts:
         linear = feed_forward.linear(name)
         weight, has_bias = matrix_of(linear), getattr(linear, "bias", None) is not None
         if is_quantized(linear):
@@ -157,6 +162,7 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
         feed_forward.dropout(names.dropout) if config.expert_dropout is None else config.expert_dropout,
         feed_forward.dropout(names.output_dropout),
         names.is_fused,
+        config.routing,
     )
     return mixture.train(feed_forward.module.training)
 
@@ -171,13 +177,14 @@ def _bias_kind(config: MPOEConfig, has_bias: bool, name: str) -> str:
     return config.expert_bias
 
 
-def _empty_experts(
-    out_features: int, in_features: int, config: MPOEConfig, name: str, bias: str
-) -> MPOExperts | DenseExperts:
+def _empty_experts(out_features: int, in_features: int, config: MPOEConfig, name: str, bias: str) -> Experts:
     if "mlp" not in config.mpo_layers:
         return DenseExperts(out_features, in_features, config.num_experts, bias)
-    num_experts = config.num_experts if config.is_mixture else 1
-    return empty_mpo(out_features, in_features, config, "mlp", name.rpartition(".")[2], num_experts, bias)
+    num_experts, name = config.num_experts if config.is_mixture else 1, name.rpartition(".")[2]
+    if not config.share_central:
+        alone = [empty_mpo(out_features, in_features, config, "mlp", name) for _ in range(num_experts)]
+        return UnsharedMPOExperts(alone, bias)
+    return empty_mpo(out_features, in_features, config, "mlp", name, num_experts, bias)
 
 
 def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:

@@ -3,17 +3,19 @@
 from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts, per_token
-from mpoe.nn.feed_forward import MoEFeedForward
+from mpoe.nn.feed_forward import Experts, MoEFeedForward
 from mpoe.nn.frozen_base import FrozenBaseExperts
 from mpoe.nn.linear import MPOEmbedding, MPOLinear, MPOTiedHead, refer
 from mpoe.nn.matrix_cache import MatrixCache
 from mpoe.nn.router import RouterOutput, TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.nn.unshared import UnsharedMPOExperts
 from mpoe.nn.usage import RouterStatistics, RouterUsage
 
 __all__ = [
     "Accumulation",
     "DenseExperts",
     "Dispatch",
+    "Experts",
     "FrozenBaseExperts",
     "MPOEmbedding",
     "MPOExperts",
@@ -25,6 +27,7 @@ __all__ = [
     "RouterStatistics",
     "RouterUsage",
     "TopKRouter",
+    "UnsharedMPOExperts",
     "load_balancing_loss",
     "per_token",
     "refer",

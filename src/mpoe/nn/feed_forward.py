@@ -17,7 +17,10 @@ from mpoe.nn.frozen_base import FrozenBaseExperts
 from mpoe.nn.grouped import Counts, all_rows
 from mpoe.nn.panels import panels
 from mpoe.nn.router import RouterOutput, TopKRouter
+from mpoe.nn.unshared import UnsharedMPOExperts
 from mpoe.nn.usage import RouterUsage
+
+Experts = MPOExperts | UnsharedMPOExperts | DenseExperts | FrozenBaseExperts
 
 
 class MoEFeedForward(nn.Module):
@@ -32,11 +35,13 @@ class MoEFeedForward(nn.Module):
         dropout: Probability, between the activation and `down`.
         output_dropout: Probability, after everything.
         is_fused: Whether `up` is 2F × D: the gate's matrices first, then those that are not activated.
+        routing: What is routed as one, see `MPOEConfig.routing`.
 
     Attributes:
         token_mask: Which tokens are no padding; None is all. Padding is computed like everything else, but it takes no
             expert's capacity and does not count in losses and shares. Of a mask that is longer than the input, the last
             tokens are meant, as with a cache of keys and values.
+        prefix: What begins every input, (B, D), which routing "prefix" goes by; None if nobody has said.
         router_output: What the router decided in the last forward; None after the model's loss has taken it.
         usage: What it has decided since `reset_usage`; None before the first forward.
     """
@@ -44,13 +49,14 @@ class MoEFeedForward(nn.Module):
     def __init__(
         self,
         router: TopKRouter | None,
-        up: MPOExperts | DenseExperts | FrozenBaseExperts,
-        down: MPOExperts | DenseExperts | FrozenBaseExperts,
+        up: Experts,
+        down: Experts,
         activation: Callable[[Tensor], Tensor],
-        gate: MPOExperts | DenseExperts | FrozenBaseExperts | None = None,
+        gate: Experts | None = None,
         dropout: float = 0.0,
         output_dropout: float = 0.0,
         is_fused: bool = False,
+        routing: str = "token",
     ) -> None:
         super().__init__()
         self.router = router
@@ -61,7 +67,9 @@ class MoEFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output_dropout = nn.Dropout(output_dropout)
         self.is_fused = is_fused
+        self.routing = routing
         self.token_mask: Bool[Tensor, "B S"] | None = None
+        self.prefix: Float[Tensor, "B D"] | None = None
         self.router_output: RouterOutput | None = None
         self.usage: RouterUsage | None = None
 
@@ -70,7 +78,7 @@ class MoEFeedForward(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         if self.router is None:
             return self.output_dropout(self._experts(x_TD, all_rows(x_TD)).reshape(x.shape))
-        route = self.router(x_TD, self._mask(len(x_TD)))
+        route = self._route(self.router, x)
         self._record(route)
         dispatch = Dispatch.by_expert(route)
         y_ND = self._experts_in_turn(dispatch.dispatch(x_TD), dispatch.counts)
@@ -79,6 +87,22 @@ class MoEFeedForward(nn.Module):
     def reset_usage(self) -> None:
         """Start counting anew."""
         self.usage = None
+
+    def _route(self, router: TopKRouter, x: Tensor) -> RouterOutput:
+        tokens = x.shape[:-1].numel()
+        mask = self._mask(tokens)
+        if self.routing == "token":
+            return router(x.reshape(tokens, -1), mask)
+        if x.ndim != 3:
+            raise ValueError(f"routing {self.routing!r} needs inputs (batch, tokens, width); got {tuple(x.shape)}")
+        if self.routing == "sequence":
+            weight = x.new_ones(x.shape[:2], dtype=torch.float32) if mask is None else mask.view(x.shape[:2]).float()
+            decisive = torch.einsum("bsd,bs->bd", x.float(), weight / weight.sum(dim=1, keepdim=True).clamp(min=1))
+        elif self.prefix is not None and len(self.prefix) == len(x):
+            decisive = self.prefix
+        else:
+            raise ValueError("routing 'prefix' goes by the first tokens: the model must be called with input_ids")
+        return router(decisive).for_tokens(x.shape[1], mask)
 
     def _mask(self, tokens: int) -> Tensor | None:
         if self.token_mask is None:

@@ -43,6 +43,23 @@ class RouterOutput:
     def __post_init__(self) -> None:
         self.tokens_per_expert = _count(self.expert_index, self.logits.shape[1], self.kept)
 
+    def for_tokens(self, length: int, mask: Bool[Tensor, " T"] | None) -> RouterOutput:
+        """Decisions on whole inputs as decisions on each of their tokens.
+
+        Args:
+            length: Tokens of an input, padding included, count.
+            mask: Of these tokens.
+        """
+        return RouterOutput(
+            expert_index=self.expert_index.repeat_interleave(length, dim=0),
+            weight=self.weight.repeat_interleave(length, dim=0),
+            kept=None if self.kept is None else self.kept.repeat_interleave(length, dim=0),
+            logits=self.logits.repeat_interleave(length, dim=0),
+            probabilities=self.probabilities.repeat_interleave(length, dim=0),
+            dropped=self.dropped,
+            mask=mask,
+        )
+
     @property
     def real_tokens_per_expert(self) -> Int[Tensor, " E"]:
         """Tokens that every expert gets, without padding, count."""

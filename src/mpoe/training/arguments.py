@@ -103,6 +103,17 @@ class MixtureArguments:
     gauge: Literal["identity", "central", "sqrt"] = field(
         default="identity", metadata={"help": "Gauge of the MPOs; identity keeps the matrix as central tensor."}
     )
+    share_central: bool = field(
+        default=True,
+        metadata={"help": "Whether experts share their central tensor; without, each is an MPO, only for comparison."},
+    )
+    routing: Literal["token", "sequence", "prefix"] = field(
+        default="token",
+        metadata={
+            "help": "What is routed as one: every token, a whole input by the mean of its tokens, or a whole input by "
+            "its first four tokens, which name T5's task. The last two are for encoders."
+        },
+    )
     stacks: str | None = field(
         default=None,
         metadata={
@@ -218,6 +229,8 @@ class MixtureArguments:
             attention_bond_dim=_bond(self.attention_trunc),
             site_dims=_json_object("site_dims", self.site_dims),
             gauge=self.gauge,
+            share_central=self.share_central,
+            routing=self.routing,
             stacks=_names(self.stacks),
             layers=_integers("layers", self.layers),
             offset_scale=self.offset_scale,

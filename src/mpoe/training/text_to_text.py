@@ -220,10 +220,11 @@ def evaluate(trainer: Trainer, rows: Dataset, task: Task, tokenizer: PreTrainedT
     for batch in tqdm(batches, desc=f"Evaluating {task.name}", disable=args.disable_tqdm):
         batch = trainer._prepare_inputs(batch)
         inputs = {"attention_mask": batch["attention_mask"]}
-        inputs["encoder_outputs"] = model.get_encoder()(input_ids=batch["input_ids"], **inputs)
-        logits = model(**inputs, labels=batch["labels"]).logits.float().transpose(1, 2)
+        with trainer.accelerator.autocast():  # in the precision of training, which the encoder alone knows nothing of
+            inputs["encoder_outputs"] = model.get_encoder()(input_ids=batch["input_ids"], **inputs)
+            logits = model(**inputs, labels=batch["labels"]).logits.float().transpose(1, 2)
+            generated = model.generate(**inputs, **options)
         nll = torch.nn.functional.cross_entropy(logits, batch["labels"], ignore_index=IGNORED, reduction="none")
-        generated = model.generate(**inputs, **options)
         parts.append(
             Evaluation(
                 parse(task, tokenizer, gathered(generated)),
