@@ -188,7 +188,12 @@ class MPOEConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
-        _require(isinstance(self.share_central, bool), "share_central", "True or False", self.share_central)
+        _require(
+            isinstance(self.share_central, bool)
+            and (self.share_central or (self.is_mixture and "mlp" in self.mpo_layers)),
+            "share_central", "True, or False for a mixture of MPOs (mpo_layers with 'mlp')", self.share_central,
+        )  # fmt: skip
+        _require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
         _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)
         dropout, threshold = self.expert_dropout, self.second_threshold
         _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)

@@ -1,6 +1,7 @@
 """What trains and how fast."""
 
 import pytest
+import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,7 +14,7 @@ from transformers import (
 import mpoe
 from mpoe.nn import MPOExperts
 from mpoe.training.arguments import FinetuneTrainingArguments
-from mpoe.training.optimizer import Freezing, optimizer_with_mpo_rate, trained_parts
+from mpoe.training.optimizer import Freezing, optimizer_for_mpos, trained_parts
 from mpoe.training.text_to_text import trainer_parts
 from mpoe.training.trainer import build_trainer
 from tiny import V1_0, tiny_t5, tiny_tokenizer
@@ -107,7 +108,7 @@ def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path):
     )
     parts = trainer_parts(model, tiny_tokenizer(), args, None, [])
     plain = build_trainer(model, tiny_tokenizer(), args, parts).create_optimizer()
-    options = optimizer_with_mpo_rate(model, args, 1e-5)
+    options = optimizer_for_mpos(model, args, 1e-5, None)
     optimizer = build_trainer(model, tiny_tokenizer(), args, parts, optimizer=options).create_optimizer()
     assert type(optimizer) is type(plain)
     mpo = {
@@ -122,12 +123,38 @@ def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path):
     }
 
 
+def test_auxiliary_tensors_have_a_decay_of_their_own(tmp_path):
+    model = make_model()
+    args = FinetuneTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        learning_rate=0.5,
+        weight_decay=0.0,
+        eval_strategy="no",
+        optim="adamw_torch",
+    )
+    parts = trainer_parts(model, tiny_tokenizer(), args, None, [])
+    options = optimizer_for_mpos(model, args, None, 0.1)
+    optimizer = build_trainer(model, tiny_tokenizer(), args, parts, optimizer=options).create_optimizer()
+    torch.nn.init.ones_(next(m for m in model.modules() if isinstance(m, MPOExperts)).offsets[0])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(changed) == 1
+    (name,) = changed
+    torch.testing.assert_close(model.get_parameter(name), torch.full_like(before[name], 1 - 0.5 * 0.1))
+
+
 def test_a_wrong_rate_is_said(tmp_path):
     args = FinetuneTrainingArguments(output_dir=str(tmp_path), use_cpu=True, eval_strategy="no")
     with pytest.raises(ValueError, match="mpo_lr must be > 0; got 0"):
-        optimizer_with_mpo_rate(make_model(), args, 0.0)
+        optimizer_for_mpos(make_model(), args, 0.0, None)
     with pytest.raises(ValueError, match="the model has none"):
-        optimizer_with_mpo_rate(tiny_t5(), args, 1e-3)
+        optimizer_for_mpos(tiny_t5(), args, 1e-3, None)
+    with pytest.raises(ValueError, match="auxiliary_weight_decay must be >= 0; got -1"):
+        optimizer_for_mpos(make_model(), args, None, -1.0)
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -37,7 +37,7 @@ def shuffled_routing(model: nn.Module, seed: int = 0) -> Iterator[None]:
     def shuffle(router: nn.Module, args: Any, route: RouterOutput) -> RouterOutput:
         tokens = len(route.expert_index)
         source = torch.arange(tokens)
-        real = source if route.mask is None else source[route.mask.cpu()]
+        real = source.clone() if route.mask is None else source[route.mask.cpu()]
         source[real] = real[torch.randperm(len(real), generator=generator)]
         source = source.to(route.expert_index.device)
         return dataclasses.replace(

@@ -138,6 +138,8 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
         linear = feed_forward.linear(name)
         weight, has_bias = matrix_of(linear), getattr(linear, "bias", None) is not None
         if is_quantized(linear):
+            if not config.share_central:
+                raise ValueError("share_central must be True on a quantised base, which is the shared tensor")
             num_experts = config.num_experts if config.is_mixture else 1
             return frozen_base_experts(linear, config, name, num_experts, _bias_kind(config, has_bias, name))
         with torch.device(weight.device):

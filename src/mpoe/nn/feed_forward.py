@@ -92,7 +92,7 @@ class MoEFeedForward(nn.Module):
         tokens = x.shape[:-1].numel()
         mask = self._mask(tokens)
         if self.routing == "token":
-            return router(x.reshape(tokens, -1), mask)
+            return router(x.reshape(tokens, x.shape[-1]), mask)
         if x.ndim != 3:
             raise ValueError(f"routing {self.routing!r} needs inputs (batch, tokens, width); got {tuple(x.shape)}")
         if self.routing == "sequence":

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mpoe.nn.experts import MPOExperts, add_bias, empty_bias, load_bias
-from mpoe.nn.grouped import Counts, blockwise
+from mpoe.nn.grouped import Counts
 
 
 class UnsharedMPOExperts(nn.Module):
@@ -59,5 +59,8 @@ class UnsharedMPOExperts(nn.Module):
         """
         if isinstance(counts, Tensor):
             counts = counts.tolist()
-        y = blockwise(x, counts, lambda rows, e: self.mpos[e](rows, [len(rows)]))
+        blocks = zip(
+            self.mpos, x.split(list(counts)), strict=True
+        )  # idle ones too: their gradient shall be 0, not None
+        y = torch.cat([mpo(rows, [len(rows)]) for mpo, rows in blocks])
         return add_bias(y, self.bias, counts)

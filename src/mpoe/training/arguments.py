@@ -292,6 +292,13 @@ class TrainableArguments:
     mpo_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the MPOs' tensors; that of the model if left out."}
     )
+    auxiliary_weight_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight decay of the auxiliary tensors, which pulls the experts back to the pre-trained layer; "
+            "weight_decay if left out."
+        },
+    )
     gradient_mask_prob: float = field(
         default=0.0,
         metadata={"help": "Probability that a step's update of a central tensor is discarded; 1 is tensor_learn."},

@@ -34,7 +34,7 @@ from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
 from mpoe.training.objective import Metrics, Objective
-from mpoe.training.optimizer import TrainedPart, optimizer_with_mpo_rate, trained_parts
+from mpoe.training.optimizer import TrainedPart, optimizer_for_mpos, trained_parts
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer
 
@@ -130,8 +130,8 @@ def finetune(
     timer = StepTimer()
     callbacks: list[transformers.TrainerCallback] = [timer, DeadExpertWarning()]
     optimizer = mask = None
-    if trainable is not None and trainable.mpo_lr is not None:
-        optimizer = optimizer_with_mpo_rate(model, args, trainable.mpo_lr)
+    if trainable is not None and (trainable.mpo_lr, trainable.auxiliary_weight_decay) != (None, None):
+        optimizer = optimizer_for_mpos(model, args, trainable.mpo_lr, trainable.auxiliary_weight_decay)
     if trainable is not None and 0 < trainable.gradient_mask_prob < 1:
         mask = GradientMask(model, trainable.gradient_mask_prob, trainable.gradient_mask_level, args.seed)
         callbacks.append(GradientMaskCallback(mask))

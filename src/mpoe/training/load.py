@@ -24,7 +24,7 @@ from mpoe.models import (
 from mpoe.training.arguments import ModelArguments, TrainableArguments
 
 # Of a mixture's config, what its weights mean. A type says no more than its top_k, and sites are seen in the weights.
-_FUNCTION = ("num_experts", "top_k", "layout", "gauge", "is_scale_prob", "expert_bias", "router_input_norm")
+_FUNCTION = ("num_experts", "top_k", "layout", "gauge", "is_scale_prob", "expert_bias", "router_input_norm", "routing")
 # The families' names for dropout within the model. A head's own and whole layers' are other things.
 _DROPOUTS = (
     "dropout_rate", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "mlp_dropout",

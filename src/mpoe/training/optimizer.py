@@ -153,37 +153,43 @@ def trained_parts(model: PreTrainedModel, learning_rate: float, mpo_lr: float | 
     return parts
 
 
-def optimizer_with_mpo_rate(
-    model: PreTrainedModel, args: TrainingArguments, mpo_lr: float
+def optimizer_for_mpos(
+    model: PreTrainedModel, args: TrainingArguments, mpo_lr: float | None, auxiliary_weight_decay: float | None
 ) -> tuple[type, dict[str, Any]]:
-    """The Trainer's optimizer, with a rate of their own for the tensors of MPOs: its `optimizer_cls_and_kwargs`.
+    """The Trainer's optimizer, with a rate and a weight decay of MPOs' own: its `optimizer_cls_and_kwargs`.
+
+    An auxiliary tensor is its start plus a parameter that begins at 0, so decay pulls an expert back to the pre-trained
+    layer.
 
     Args:
         model: After `Freezing.apply`.
         args: The Trainer's: which optimizer, its rate and weight decay.
-        mpo_lr: Peak learning rate of central and auxiliary tensors, > 0.
+        mpo_lr: Peak learning rate of central and auxiliary tensors, > 0; None is the model's.
+        auxiliary_weight_decay: Of auxiliary tensors, >= 0; None is the model's.
 
     Raises:
-        ValueError: A rate that is not positive, or a model without MPOs.
+        ValueError: A rate that is not positive, a negative decay, or a model without MPOs.
     """
-    if not mpo_lr > 0:
+    if mpo_lr is not None and not mpo_lr > 0:
         raise ValueError(f"mpo_lr must be > 0; got {mpo_lr}. --tensor_learn and --update_mpo_layer freeze MPOs")
-    mpo = {id(p) for experts in mpo_experts(model).values() for p in (experts.central, *experts.offsets)}
+    if auxiliary_weight_decay is not None and not auxiliary_weight_decay >= 0:
+        raise ValueError(f"auxiliary_weight_decay must be >= 0; got {auxiliary_weight_decay}")
+    auxiliary = {id(p) for experts in mpo_experts(model).values() for p in experts.offsets}
+    mpo = auxiliary | {id(experts.central) for experts in mpo_experts(model).values()}
     if not mpo:
-        raise ValueError("mpo_lr is the rate of MPOs; the model has none. Leave it out")
+        raise ValueError("mpo_lr and auxiliary_weight_decay are about MPOs; the model has none. Leave them out")
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]  # uses no self
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in mpo, name in decayed), []).append(parameter)
+            rate = mpo_lr if mpo_lr is not None and id(parameter) in mpo else args.learning_rate
+            decay = args.weight_decay if name in decayed else 0.0
+            if auxiliary_weight_decay is not None and id(parameter) in auxiliary:
+                decay = auxiliary_weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
     options["params"] = [
-        {
-            "params": parameters,
-            "lr": mpo_lr if is_mpo else args.learning_rate,
-            "weight_decay": args.weight_decay if is_decayed else 0.0,
-        }
-        for (is_mpo, is_decayed), parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
     ]
     return optimizer, options
 
