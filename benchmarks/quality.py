@@ -35,7 +35,6 @@ from rich.table import Table
 from harness import ROOT, hardware, versions
 from mpoe.cli.assets import minilm_checkpoint, smollm2_checkpoint, t5_checkpoint
 from mpoe.files import read_json, write_json
-from mpoe.training.finetune import FinetuneResult
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 WORK = ROOT / "build" / "quality"
@@ -43,6 +42,7 @@ WORK = ROOT / "build" / "quality"
 CHECKPOINTS: dict[str, Callable[[], Path]] = {
     "t5": t5_checkpoint, "smollm2": smollm2_checkpoint, "minilm": minilm_checkpoint,
 }  # fmt: skip
+PARTS = ("other", "central", "auxiliary", "router")  # that a model's parameters are counted in
 LOWER_IS_BETTER = ("perplexity", "cross_entropy")
 
 
@@ -268,7 +268,7 @@ def _measured(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     name = _headline(found[0], "test")[0]
     row = {name: _mean([_headline(run, "test")[1] for run in found])}
     row["cross-entropy"] = _mean([next(iter(r["tasks"].values()))["test"]["cross_entropy"] for r in results])
-    row["parameters, M"] = f"{FinetuneResult.from_dict(results[0]).parameters.total / 1e6:.1f}"
+    row["parameters, M"] = f"{sum(results[0]['parameters'][part] for part in PARTS) / 1e6:.1f}"
     rates = [r["tokens_per_second"] for r in results if r["tokens_per_second"]]
     row["tokens/s"] = f"{statistics.median(rates):.0f}" if rates else "-"
     row["peak, GiB"] = f"{max(r['peak_memory'] for r in results) / 2**30:.1f}"

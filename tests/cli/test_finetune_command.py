@@ -47,6 +47,19 @@ def test_the_papers_rows_are_a_flag_apart(ground, flags, top_k, is_mpo):
         assert isinstance(layer.up, MPOExperts) is is_mpo
 
 
+def test_a_second_evaluation_tells_what_the_routing_does(ground, capsys):
+    flags = [*QUICK, "--expert_noise", "0.5", "--test_routing", "--include_num_input_tokens_seen", "true"]
+    result = finetune.run(flags)
+    plain, shuffled = result.tasks["sentiment"], result.shuffled["sentiment"]
+    assert shuffled["test"].keys() == plain["test"].keys()
+    assert shuffled["test"]["cross_entropy"] != plain["test"]["cross_entropy"]
+    assert result.tokens_per_second > 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sentiment with the routing shuffled" in shown
+    assert "input tokens a second" in shown
+    assert finetune.run(flags).shuffled == result.shuffled
+
+
 def test_the_references_own_spellings(ground, capsys):
     command = (
         "--model_name_or_path model --tasks cola --eval_tasks cola --data_dir data --output_dir run --max_steps 2 "
@@ -248,7 +261,11 @@ def test_weights_come_from_another_experiment(ground):
         (["--gradient_mask_prob", "0.5", "--tensor_learn"], "which tensor_learn freezes; leave one of them out"),
         (["--second_policy_train", "random"], "second_policy_train must be 'all' where a token has one expert"),
         (["--mpo_lr", "0"], "mpo_lr must be > 0; got 0.0"),
-        (["--mpo_lr", "1e-4", "--mpo_layers", "nompo"], "mpo_lr is the rate of MPOs; the model has none"),
+        (["--mpo_lr", "1e-4", "--mpo_layers", "nompo"], "are about MPOs; the model has none"),
+        (["--auxiliary_weight_decay", "-1"], "auxiliary_weight_decay must be >= 0; got -1.0"),
+        (["--test_routing", "--moe_type", "none"], "test_routing shuffles what routers decide; this model has none"),
+        (["--routing", "sequence", "--stacks", "decoder"], "a decoder's tokens must not see those after them"),
+        (["--share_central", "false", "--mpo_layers", "nompo"], "share_central must be True, or False for a mixture"),
         (["--tensor_learn", "--moe_type", "none", "--mpo_layers", "nompo"], "the model has none"),
         (["--freeze_model", "--update_mpo_layer", "noupdate"], "something must be left to train"),
         (["--moe_type", "top2"], "invalid choice: 'top2'"),

@@ -190,6 +190,9 @@ def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> 
         unit = "token" if "tokens" in next(iter(metrics.values())) else "row"
         title = f"{name} after {result.steps:,} steps (cross-entropy: nats a {unit})"
         console.print(metrics_table(metrics, title))
+    for name, metrics in (result.shuffled or {}).items():
+        title = f"{name} with the routing shuffled: what this costs is what the routers do"
+        console.print(metrics_table(metrics, title))
     if len(result.tasks) > 1:
         console.print(
             f"average of the tasks' first metrics: validation {result.average['validation']:.4f}, "
@@ -199,6 +202,7 @@ def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> 
         drawn, discarded = result.gradient_mask["drawn"], result.gradient_mask["discarded"]
         console.print(f"gradient mask: {discarded:,} of {drawn:,} updates of central tensors discarded")
     pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
+    pace += "" if result.tokens_per_second is None else f", {result.tokens_per_second:,.0f} input tokens a second"
     loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f} a target"
     console.print(
         f"training loss {loss}{pace}, peak memory {result.peak_memory / 2**30:.1f} GiB; model, tokenizer and "

@@ -1,0 +1,202 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from rich.console import Console
+
+import quality
+from tiny import tiny_t5, tiny_tokenizer, write_cola
+
+GRID = {
+    "flags": {
+        "model_name_or_path": "{model}", "data_dir": "{data}", "use_cpu": True, "freeze_embeds": True,
+        "eval_strategy": "no", "include_num_input_tokens_seen": True, "per_device_train_batch_size": 4, "max_steps": 2,
+    },
+    "tasks": {"cola": {"tasks": ["cola"]}},
+    "variants": {
+        "dense": {"num_experts": 1, "moe_type": "none", "mpo_layers": "nompo"},
+        "mixture": {"num_experts": 2},
+        "slow": {"num_experts": 2, "learning_rate": 1e-6},
+    },
+    "learning_rates": [1e-3, 1e-2],
+    "seeds": [1, 2],
+}  # fmt: skip
+
+
+def write_grid(folder, **changes):
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **changes}))
+    return path
+
+
+@pytest.fixture
+def ground(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "WORK", tmp_path / "work")
+    tiny_t5().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_cola(tmp_path / "data")
+    return tmp_path
+
+
+def fake(grid, folder, score):
+    """Write the results of all of a grid's runs; `score` gives those on validation and test rows."""
+    folder.mkdir(exist_ok=True)
+    for task in grid.tasks:
+        for variant in grid.variants:
+            for rate in grid.rates(task, variant):
+                for seed in grid.seeds:
+                    run = grid.run(task, variant, rate, seed)
+                    splits = [
+                        {"matthews": value, "cross_entropy": 0.5, "rows": 9}
+                        for value in score(task, variant, rate, seed)
+                    ]
+                    tasks = {task: dict(zip(("validation", "test"), splits, strict=True))}
+                    results = {
+                        "tasks": tasks, "average": {}, "train_loss": 0.1, "steps": 2, "seconds_per_step": 1.0,
+                        "tokens_per_second": 100.0, "peak_memory": 2**30, "trained": [], "gradient_mask": None,
+                        "parameters": {
+                            "other": 1_000_000, "central": 0, "auxiliary": 0, "router": 0, "trained": 0, "dense": 0,
+                            "whole_experts": 0, "active": 0,
+                        },
+                        "routers": {
+                            "one": {"share": [1.0, 0.0], "mean_probability": [], "dropped_fraction": 0, "entropy": 0},
+                            "two": {"share": [0.5, 0.5], "mean_probability": [], "dropped_fraction": 0, "entropy": 0},
+                        }
+                        if variant != "dense"
+                        else {},
+                        "shuffled": None if variant == "dense" or seed != grid.seeds[0] else tasks,
+                        "adapter_bytes": None, "versions": {},
+                    }  # fmt: skip
+                    found = {"task": task, "variant": variant, "flags": run.flags, "results": results}
+                    (folder / f"{run.name}.{run.key}.json").write_text(json.dumps(found))
+
+
+def cells(table):
+    return {str(column.header): list(column.cells) for column in table.columns}
+
+
+def test_the_rate_is_the_best_on_validation_and_the_table_is_of_the_test_rows(tmp_path):
+    grid = quality.Grid.load(write_grid(tmp_path))
+
+    def score(task, variant, rate, seed):
+        base = {"dense": 0.1, "mixture": 0.2, "slow": 0.0}[variant]
+        return (base + (rate == 1e-2 and variant == "mixture"), base + seed / 100)
+
+    fake(grid, tmp_path / "out", score)
+    table = cells(quality.task_table(grid, "cola", tmp_path / "out"))
+    assert table["variant"] == ["dense", "mixture", "slow"]
+    assert table["rate"] == ["0.001", "0.01", "1e-06"]
+    assert table["matthews"] == ["0.1150 ± 0.0071", "0.2150 ± 0.0071", "0.0150 ± 0.0071"]
+    assert table["difference"] == ["0", "+0.1000 ± 0.0000", "-0.1000 ± 0.0000"]
+    assert table["usage"][:2] == ["-", "0.5000 ± 0.0000"]
+    assert table["lost by shuffling"] == ["-", "0.0000; 0.0000 nats", "0.0000; 0.0000 nats"]
+    assert table["parameters, M"][0] == "1.0"
+
+
+def test_a_row_waits_for_all_rates(tmp_path):
+    grid = quality.Grid.load(write_grid(tmp_path))
+    fake(grid, tmp_path / "out", lambda *_: (0.1, 0.1))
+    grid.run("cola", "mixture", 1e-2, 1)
+    (found,) = (tmp_path / "out").glob(f"*.{grid.run('cola', 'mixture', 1e-2, 1).key}.json")
+    found.unlink()
+    table = cells(quality.task_table(grid, "cola", tmp_path / "out"))
+    assert table["seeds"] == ["2", "0", "2"]
+    assert table["matthews"][1] == "-"
+
+
+def test_perplexity_is_better_where_it_is_lower(tmp_path):
+    grid = quality.Grid.load(write_grid(tmp_path))
+    found = {
+        rate: {"results": {"tasks": {"t": {"validation": {"perplexity": p}}}}} for rate, p in ((1e-3, 9.0), (1e-2, 8.0))
+    }
+    runs = {1e-3: SimpleNamespace(result=lambda _: found[1e-3]), 1e-2: SimpleNamespace(result=lambda _: found[1e-2])}
+    fixed = SimpleNamespace(rates=grid.rates, run=lambda task, variant, rate, seed: runs[rate], seeds=grid.seeds)
+    assert quality.best_rate(fixed, "cola", "dense", tmp_path) == 1e-2
+
+
+def test_a_run_is_its_flags_and_not_its_name_or_place(tmp_path):
+    grid = quality.Grid.load(write_grid(tmp_path))
+    renamed = {**GRID["variants"], "other": GRID["variants"]["mixture"]}
+    other = quality.Grid.load(write_grid(tmp_path, variants=renamed))
+    assert grid.run("cola", "mixture", 1e-3, 1).key == other.run("cola", "other", 1e-3, 1).key
+    keys = {grid.run("cola", v, r, s).key for v in ("dense", "mixture") for r in (1e-3, 1e-2) for s in (1, 2)}
+    assert len(keys) == 8
+    assert "test_routing" not in grid.run("cola", "dense", 1e-3, 1).flags
+    assert grid.run("cola", "mixture", 1e-3, 1).flags["test_routing"]
+    assert "test_routing" not in grid.run("cola", "mixture", 1e-3, 2).flags
+
+
+def test_a_grid_is_run_once_and_its_table_shown(ground, capsys):
+    grid = write_grid(ground, learning_rates=[1e-3], seeds=[1])
+    command = [str(grid), "--out", str(ground / "out"), "--path", f"model={ground / 'model'}", "--threads", "1"]
+    command += ["--path", f"data={ground / 'data'}", "--workers", "2"]
+    quality.main([*command, "--variants", "dense", "mixture"])
+    shown = capsys.readouterr().out
+    assert "2 runs, 0 found finished" in shown
+    assert "cola: test rows" in shown
+    files = sorted((ground / "out").iterdir())
+    assert len(files) == 2
+    found = json.loads(files[1].read_text())
+    assert found["flags"]["model_name_or_path"] == "{model}"
+    assert found["results"]["shuffled"]["cola"]["test"].keys() == found["results"]["tasks"]["cola"]["test"].keys()
+    assert found["results"]["tokens_per_second"] > 0
+    assert not list((ground / "work").rglob("*.safetensors"))
+    quality.main([*command, "--variants", "dense", "mixture"])
+    assert "runs," not in capsys.readouterr().out
+    quality.main([str(grid), "--out", str(ground / "out"), "--table", "--markdown"])
+    assert "| dense | 0.001 | 1 |" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_shown_with_its_log(ground, capsys):
+    grid = write_grid(ground, flags={**GRID["flags"], "max_source_length": 0}, seeds=[1])
+    paths = ["--path", f"model={ground / 'model'}", "--path", f"data={ground / 'data'}"]
+    with pytest.raises(SystemExit) as stopped:
+        quality.main([str(grid), "--out", str(ground / "out"), "--variants", "slow", *paths])
+    assert stopped.value.code == 1
+    assert "max_source_length must be >= 1; got 0" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 1}, "seeds of a grid must be a list of numbers"),
+        ({"learning_rates": ["1e-3"]}, "learning_rates of a grid must be a list of numbers (1.0e-3, not 1e-3)"),
+        ({"variants": {"dense": 3}}, "variants of a grid must be names with flags"),
+        ({"more": 1}, "a grid must have the keys flags, tasks, variants, learning_rates, seeds"),
+    ],
+)
+def test_a_wrong_grid_is_said(tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        quality.main([str(write_grid(tmp_path, **changes))])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_grid_needs_is_said(tmp_path, capsys):
+    for command, message in (
+        ([str(tmp_path / "nothing.yaml")], "cannot be read"),
+        ([str(write_grid(tmp_path)), "--out", str(tmp_path)], "needs --path data=FOLDER"),
+        ([str(write_grid(tmp_path)), "--tasks", "rte"], "--tasks must be of cola; got rte"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            quality.main(command)
+        assert stopped.value.code == 2
+        assert message in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("path", sorted((quality.ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda p: p.stem)
+def test_grids_in_the_repository_name_flags_that_there_are(path, capsys):
+    from mpoe.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    known = capsys.readouterr().out
+    grid = quality.Grid.load(path)
+    runs = [
+        grid.run(t, v, r, s) for t in grid.tasks for v in grid.variants for r in grid.rates(t, v) for s in grid.seeds
+    ]
+    assert {flag for run in runs for flag in run.flags if f"--{flag} " not in known} == set()
+    assert all(math.isfinite(run.flags["learning_rate"]) for run in runs)
+    Console().print(quality.task_table(grid, next(iter(grid.tasks)), quality.RESULTS))
