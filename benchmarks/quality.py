@@ -50,6 +50,9 @@ LOWER_IS_BETTER = ("perplexity", "cross_entropy")
 class Grid:
     """What is compared.
 
+    A file that has `base: FILE`, beside it, takes from that grid the keys that it has not, and the flags of a task or
+    variant that it names without any.
+
     Attributes:
         flags: Of `mpoe finetune`, for all runs. `{name}` in a text is the folder that `--path name=folder` names, or
             one of CHECKPOINTS: where things lie is not part of a run's hash.
@@ -79,6 +82,11 @@ class Grid:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"a grid must be a YAML file; {path} cannot be read: {error}") from None
         names = [field.name for field in fields(cls)]
+        base = (
+            cls.load(path.parent / str(values.pop("base"))) if isinstance(values, dict) and "base" in values else None
+        )
+        if base is not None:
+            values = {**vars(base), **values}
         if not isinstance(values, dict) or sorted(values) != sorted(names):
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"a grid must have the keys {', '.join(names)}; {path} has {got}")
@@ -87,7 +95,8 @@ class Grid:
             if not (isinstance(value, dict) and value and (name == "flags" or all(map(_is_flags, value.values())))):
                 raise ValueError(f"{name} of a grid must be names with flags; got {value!r} in {path}")
             if name != "flags":
-                values[name] = {key: flags or {} for key, flags in value.items()}
+                of_base = {} if base is None else getattr(base, name)
+                values[name] = {key: flags or of_base.get(key, {}) for key, flags in value.items()}
         for name, kinds in (("learning_rates", (int, float)), ("seeds", int)):
             value = values[name]
             if not (isinstance(value, list) and value and all(isinstance(v, kinds) for v in value)):

@@ -128,6 +128,15 @@ def test_a_run_is_its_flags_and_not_its_name_or_place(tmp_path):
     assert "test_routing" not in grid.run("cola", "mixture", 1e-3, 2).flags
 
 
+def test_a_grid_may_stand_on_another(tmp_path):
+    base = quality.Grid.load(write_grid(tmp_path))
+    path = tmp_path / "other.yaml"
+    path.write_text("base: grid.yaml\nvariants: {mixture: , more: {num_experts: 4}}\nseeds: [1]")
+    grid = quality.Grid.load(path)
+    assert (grid.flags, grid.tasks, grid.learning_rates, grid.seeds) == (base.flags, base.tasks, [1e-3, 1e-2], [1])
+    assert grid.variants == {"mixture": {"num_experts": 2}, "more": {"num_experts": 4}}
+
+
 def test_a_grid_is_run_once_and_its_table_shown(ground, capsys):
     grid = write_grid(ground, learning_rates=[1e-3], seeds=[1])
     command = [str(grid), "--out", str(ground / "out"), "--path", f"model={ground / 'model'}", "--threads", "1"]
