@@ -1,12 +1,14 @@
 import json
 import math
-from types import SimpleNamespace
+import re
 
 import pytest
 import yaml
 from rich.console import Console
 
 import quality
+from quality_grid import Grid
+from quality_table import markdown, task_table
 from tiny import tiny_t5, tiny_tokenizer, write_cola
 
 GRID = {
@@ -49,7 +51,7 @@ def fake(grid, folder, score):
                 for seed in grid.seeds:
                     run = grid.run(task, variant, rate, seed)
                     splits = [
-                        {"matthews": value, "cross_entropy": 0.5, "rows": 9}
+                        {"matthews": value, "cross_entropy": 1 - value, "rows": 9}
                         for value in score(task, variant, rate, seed)
                     ]
                     tasks = {task: dict(zip(("validation", "test"), splits, strict=True))}
@@ -78,14 +80,14 @@ def cells(table):
 
 
 def test_the_rate_is_the_best_on_validation_and_the_table_is_of_the_test_rows(tmp_path):
-    grid = quality.Grid.load(write_grid(tmp_path))
+    grid = Grid.load(write_grid(tmp_path))
 
     def score(task, variant, rate, seed):
         base = {"dense": 0.1, "mixture": 0.2, "slow": 0.0}[variant]
         return (base + (rate == 1e-2 and variant == "mixture"), base + seed / 100)
 
     fake(grid, tmp_path / "out", score)
-    table = cells(quality.task_table(grid, "cola", tmp_path / "out"))
+    table = cells(task_table(grid, "cola", tmp_path / "out"))
     assert table["variant"] == ["dense", "mixture", "slow"]
     assert table["rate"] == ["0.001", "0.01", "1e-06"]
     assert table["matthews"] == ["0.1150 ± 0.0071", "0.2150 ± 0.0071", "0.0150 ± 0.0071"]
@@ -96,30 +98,20 @@ def test_the_rate_is_the_best_on_validation_and_the_table_is_of_the_test_rows(tm
 
 
 def test_a_row_waits_for_all_rates(tmp_path):
-    grid = quality.Grid.load(write_grid(tmp_path))
+    grid = Grid.load(write_grid(tmp_path))
     fake(grid, tmp_path / "out", lambda *_: (0.1, 0.1))
     grid.run("cola", "mixture", 1e-2, 1)
     (found,) = (tmp_path / "out").glob(f"*.{grid.run('cola', 'mixture', 1e-2, 1).key}.json")
     found.unlink()
-    table = cells(quality.task_table(grid, "cola", tmp_path / "out"))
+    table = cells(task_table(grid, "cola", tmp_path / "out"))
     assert table["seeds"] == ["2", "0", "2"]
     assert table["matthews"][1] == "-"
 
 
-def test_perplexity_is_better_where_it_is_lower(tmp_path):
-    grid = quality.Grid.load(write_grid(tmp_path))
-    found = {
-        rate: {"results": {"tasks": {"t": {"validation": {"perplexity": p}}}}} for rate, p in ((1e-3, 9.0), (1e-2, 8.0))
-    }
-    runs = {1e-3: SimpleNamespace(result=lambda _: found[1e-3]), 1e-2: SimpleNamespace(result=lambda _: found[1e-2])}
-    fixed = SimpleNamespace(rates=grid.rates, run=lambda task, variant, rate, seed: runs[rate], seeds=grid.seeds)
-    assert quality.best_rate(fixed, "cola", "dense", tmp_path) == 1e-2
-
-
 def test_a_run_is_its_flags_and_not_its_name_or_place(tmp_path):
-    grid = quality.Grid.load(write_grid(tmp_path))
+    grid = Grid.load(write_grid(tmp_path))
     renamed = {**GRID["variants"], "other": GRID["variants"]["mixture"]}
-    other = quality.Grid.load(write_grid(tmp_path, variants=renamed))
+    other = Grid.load(write_grid(tmp_path, variants=renamed))
     assert grid.run("cola", "mixture", 1e-3, 1).key == other.run("cola", "other", 1e-3, 1).key
     keys = {grid.run("cola", v, r, s).key for v in ("dense", "mixture") for r in (1e-3, 1e-2) for s in (1, 2)}
     assert len(keys) == 8
@@ -129,10 +121,10 @@ def test_a_run_is_its_flags_and_not_its_name_or_place(tmp_path):
 
 
 def test_a_grid_may_stand_on_another(tmp_path):
-    base = quality.Grid.load(write_grid(tmp_path))
+    base = Grid.load(write_grid(tmp_path))
     path = tmp_path / "other.yaml"
     path.write_text("base: grid.yaml\nvariants: {mixture: , more: {num_experts: 4}}\nseeds: [1]")
-    grid = quality.Grid.load(path)
+    grid = Grid.load(path)
     assert (grid.flags, grid.tasks, grid.learning_rates, grid.seeds) == (base.flags, base.tasks, [1e-3, 1e-2], [1])
     assert grid.variants == {"mixture": {"num_experts": 2}, "more": {"num_experts": 4}}
 
@@ -165,6 +157,31 @@ def test_a_run_that_fails_is_shown_with_its_log(ground, capsys):
         quality.main([str(grid), "--out", str(ground / "out"), "--variants", "slow", *paths])
     assert stopped.value.code == 1
     assert "max_source_length must be >= 1; got 0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tables_are_put_into_a_page(tmp_path):
+    fake(Grid.load(write_grid(tmp_path)), tmp_path / "out", lambda *_: (0.1, 0.1))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- table grid cola -->\nold\n<!-- end -->\nafter\n<!-- table other cola -->\n<!-- end -->\n"
+    )
+    command = [str(tmp_path / "grid.yaml"), "--table", "--out", str(tmp_path / "out"), "--update", str(page)]
+    quality.main(command)
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", "<!-- table grid cola -->"]
+    assert "| mixture | 0.001 | 2 | 0.1000 ± 0.0000 |" in page.read_text()
+    assert "old" not in lines
+    assert lines[-4:] == ["<!-- end -->", "after", "<!-- table other cola -->", "<!-- end -->"]
+
+
+def test_the_page_of_results_has_the_tables_of_the_results():
+    page = quality.ROOT / "docs" / "results.md"
+    copy = page.read_text()
+    grids = {path.stem: Grid.load(path) for path in (quality.ROOT / "benchmarks" / "quality").glob("*.yaml")}
+    blocks = re.findall(r"<!-- table (\S+) (\S+) -->\n\n(.*?)\n<!-- end -->", copy, re.DOTALL)
+    assert len(blocks) == copy.count("<!-- table") > 0
+    for grid, task, table in blocks:
+        assert table == markdown(task_table(grids[grid], task, quality.RESULTS)), (grid, task)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +219,10 @@ def test_grids_in_the_repository_name_flags_that_there_are(path, capsys):
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     known = capsys.readouterr().out
-    grid = quality.Grid.load(path)
+    grid = Grid.load(path)
     runs = [
         grid.run(t, v, r, s) for t in grid.tasks for v in grid.variants for r in grid.rates(t, v) for s in grid.seeds
     ]
     assert {flag for run in runs for flag in run.flags if f"--{flag} " not in known} == set()
     assert all(math.isfinite(run.flags["learning_rate"]) for run in runs)
-    Console().print(quality.task_table(grid, next(iter(grid.tasks)), quality.RESULTS))
+    Console().print(task_table(grid, next(iter(grid.tasks)), quality.RESULTS))

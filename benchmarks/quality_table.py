@@ -1,0 +1,107 @@
+"""The tables of `quality.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mpoe.files import write_bytes
+from quality_grid import Grid, best_rate, cross_entropy, first_metric, headline
+
+PARTS = ("other", "central", "auxiliary", "router")  # that a model's parameters are counted in
+
+
+def task_table(grid: Grid, task: str, folder: Path) -> Table:
+    """One row a variant: means and standard deviations over seeds, on the test rows of the best checkpoint."""
+    table = Table(title=f"{task}: test rows", title_justify="left")
+    columns: dict[str, None] = {}
+    rows = []
+    first: dict[int, float] | None = None
+    for variant in grid.variants:
+        rate = best_rate(grid, task, variant, folder)
+        runs = {} if rate is None else {seed: grid.run(task, variant, rate, seed).result(folder) for seed in grid.seeds}
+        found = {seed: result for seed, result in runs.items() if result is not None}
+        row = {"variant": variant, "rate": "-" if rate is None else f"{rate:g}", "seeds": str(len(found))}
+        if found:
+            scores = {seed: headline(result, "test")[1] for seed, result in found.items()}
+            first = scores if first is None else first
+            row |= _measured(list(found.values())) | {"difference": _difference(scores, first)}
+        columns |= dict.fromkeys(row)
+        rows.append(row)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        table.add_row(*(row.get(column, "-") for column in columns))
+    return table
+
+
+def _measured(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    results = [run["results"] for run in found]
+    name = headline(found[0], "test")[0]
+    row = {name: _mean([headline(run, "test")[1] for run in found])}
+    row["cross-entropy"] = _mean([cross_entropy(r["tasks"], "test") for r in results])
+    row["parameters, M"] = f"{sum(results[0]['parameters'][part] for part in PARTS) / 1e6:.1f}"
+    rates = [r["tokens_per_second"] for r in results if r["tokens_per_second"]]
+    row["tokens/s"] = f"{statistics.median(rates):.0f}" if rates else "-"
+    row["peak, GiB"] = f"{max(r['peak_memory'] for r in results) / 2**30:.1f}"
+    if entropies := [_usage(r["routers"]) for r in results if r["routers"]]:
+        row["usage"] = _mean(entropies)
+    shuffled = [r for r in results if r["shuffled"] is not None]
+    if shuffled:
+        lost = [first_metric(r["tasks"], "test")[1] - first_metric(r["shuffled"], "test")[1] for r in shuffled]
+        entropy = [cross_entropy(r["shuffled"], "test") - cross_entropy(r["tasks"], "test") for r in shuffled]
+        row["lost by shuffling"] = f"{_mean(lost)}; {_mean(entropy)} nats"
+    return row
+
+
+def _usage(routers: Mapping[str, Mapping[str, Any]]) -> float:
+    """The entropy of the experts' shares of tokens over that of equal shares, mean over layers; 1 is balanced."""
+    return statistics.fmean(
+        sum(-s * math.log(s) for s in router["share"] if s > 0) / math.log(len(router["share"]))
+        for router in routers.values()
+    )
+
+
+def _mean(values: Sequence[float]) -> str:
+    digits = 2 if max(map(abs, values)) >= 10 else 4
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _difference(scores: Mapping[int, float], first: Mapping[int, float]) -> str:
+    """To the first variant, over the seeds that both have: the mean, and its standard error over these seeds."""
+    pairs = [scores[seed] - first[seed] for seed in scores if seed in first]
+    if not pairs:
+        return "-"
+    if not any(pairs):
+        return "0"
+    error = f" ± {statistics.stdev(pairs) / math.sqrt(len(pairs)):.4f}" if len(pairs) > 1 else ""
+    return f"{statistics.fmean(pairs):+.4f}{error}"
+
+
+def put_table(path: Path, name: str, table: Table) -> None:
+    """Put a table into a Markdown file, between `<!-- table NAME -->` and `<!-- end -->`, if it has these lines.
+
+    Args:
+        path: The file.
+        name: Of the grid's file and the task: "main cola".
+        table: From `task_table`.
+    """
+    before = path.read_text()
+    block = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    after = block.sub(lambda found: f"{found[1]}\n{markdown(table)}\n{found[2]}", before)
+    if after != before:
+        write_bytes(path, after.encode())
+
+
+def markdown(table: Table) -> str:
+    """A table's lines in Markdown."""
+    columns = [list(column.cells) for column in table.columns]
+    lines = [[str(column.header) for column in table.columns], ["---"] * len(columns), *zip(*columns, strict=True)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
