@@ -92,6 +92,7 @@ def test_truncation_agrees_with_tensorly(max_bond_dim):
     out_dims, in_dims = (2, 3, 4), (3, 2, 4)
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(24, 24)) @ np.diag(0.7 ** np.arange(24))
+    tensorly.set_backend("numpy")  # tensorly-torch, where it is installed, sets another one
     tensor = tensorly.tensor(matrix.reshape(*out_dims, *in_dims))
     theirs = tensor_train_matrix(tensor, [1, max_bond_dim, max_bond_dim, 1]).to_matrix()
     operator = decompose(torch.from_numpy(matrix), (out_dims, in_dims), max_bond_dim)

@@ -161,13 +161,17 @@ def load_rows(sources, targets):
 
 
 def test_step_timer():
-    timer = StepTimer()
-    assert timer.median is None
+    timer, state = StepTimer(), TrainerState(num_input_tokens_seen=50)  # of a checkpoint that is resumed
+    assert (timer.median, timer.tokens_per_second) == (None, None)
+    timer.on_train_begin(None, state, None)
     for _ in range(3):
-        timer.on_step_begin(None, None, None)
-        timer.on_step_end(None, None, None)
+        timer.on_step_begin(None, state, None)
+        state.num_input_tokens_seen += 10
+        timer.on_step_end(None, state, None)
     assert len(timer.seconds) == 3
     assert timer.median >= 0
+    assert timer.tokens == 30
+    assert timer.tokens_per_second == 30 / sum(timer.seconds)
 
 
 def test_dead_experts_are_named():
