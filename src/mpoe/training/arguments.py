@@ -294,10 +294,7 @@ class TrainableArguments:
     )
     auxiliary_weight_decay: float | None = field(
         default=None,
-        metadata={
-            "help": "Weight decay of the auxiliary tensors, which pulls the experts back to the pre-trained layer; "
-            "weight_decay if left out."
-        },
+        metadata={"help": "Weight decay of the auxiliary tensors, toward the base; weight_decay if left out."},
     )
     gradient_mask_prob: float = field(
         default=0.0,
