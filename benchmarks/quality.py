@@ -10,6 +10,7 @@ again by the hash of its flags, from any grid; an interrupted one resumes. `--ta
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import fcntl
 import os
@@ -80,24 +81,24 @@ def run_grid(grid: Grid, args: argparse.Namespace, paths: Mapping[str, str], con
     for task in grid.tasks:
         tuning = [grid.run(task, v, rate, grid.seeds[0]) for v in grid.variants for rate in grid.rates(task, v)]
         _run_all(tuning, args, paths, console)
-        others = []
-        for variant in grid.variants:
-            rate = best_rate(grid, task, variant, args.out)
-            if rate is not None:
-                others += [(grid.seeds.index(seed), grid.run(task, variant, rate, seed)) for seed in grid.seeds[1:]]
-        _run_all([run for _, run in sorted(others, key=lambda pair: pair[0])], args, paths, console)
+        best = {variant: best_rate(grid, task, variant, args.out) for variant in grid.variants}
+        others = [
+            grid.run(task, variant, rate, seed)
+            for seed in grid.seeds[1:]
+            for variant, rate in best.items()
+            if rate is not None
+        ]
+        _run_all(others, args, paths, console)
 
 
 def _chosen(grid: Grid, tasks: Sequence[str] | None, variants: Sequence[str] | None) -> Grid:
     for kind, names, there in (("tasks", tasks, grid.tasks), ("variants", variants, grid.variants)):
         if unknown := set(names or ()) - set(there):
             raise ValueError(f"--{kind} must be of {', '.join(there)}; got {', '.join(sorted(unknown))}")
-    return Grid(
-        grid.flags,
-        {name: flags for name, flags in grid.tasks.items() if not tasks or name in tasks},
-        {name: flags for name, flags in grid.variants.items() if not variants or name in variants},
-        grid.learning_rates,
-        grid.seeds,
+    return dataclasses.replace(
+        grid,
+        tasks={name: flags for name, flags in grid.tasks.items() if not tasks or name in tasks},
+        variants={name: flags for name, flags in grid.variants.items() if not variants or name in variants},
     )
 
 

@@ -51,10 +51,9 @@ class Grid:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"a grid must be a YAML file; {path} cannot be read: {error}") from None
         names = [field.name for field in fields(cls)]
-        base = (
-            cls.load(path.parent / str(values.pop("base"))) if isinstance(values, dict) and "base" in values else None
-        )
-        if base is not None:
+        base = None
+        if isinstance(values, dict) and "base" in values:
+            base = cls.load(path.parent / str(values.pop("base")))
             values = {**vars(base), **values}
         if not isinstance(values, dict) or sorted(values) != sorted(names):
             got = sorted(values) if isinstance(values, dict) else type(values).__name__

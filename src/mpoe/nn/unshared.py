@@ -59,8 +59,7 @@ class UnsharedMPOExperts(nn.Module):
         """
         if isinstance(counts, Tensor):
             counts = counts.tolist()
-        blocks = zip(
-            self.mpos, x.split(list(counts)), strict=True
-        )  # idle ones too: their gradient shall be 0, not None
+        # idle ones too: their gradient shall be 0, not None
+        blocks = zip(self.mpos, x.split(list(counts)), strict=True)
         y = torch.cat([mpo(rows, [len(rows)]) for mpo, rows in blocks])
         return add_bias(y, self.bias, counts)
