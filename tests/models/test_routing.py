@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import mpoe
-from mpoe.models import count_parameters, mixtures, router_statistics, shuffled_routing
+from mpoe.models import count_parameters, is_upcycled, mixtures, router_statistics, shuffled_routing
 from tiny import logits_of, tiny_batch, tiny_t5
 
 
@@ -102,8 +102,10 @@ def test_an_encoder_without_a_decoder():
 
 
 def test_what_makes_no_sense_is_said():
+    model = tiny_t5()
     with pytest.raises(ValueError, match="a decoder's tokens must not see"):
-        mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(routing="sequence"))
+        mpoe.upcycle(model, mpoe.MPOEConfig(routing="sequence"))
+    assert not is_upcycled(model), "what is wrong is found before anything is changed"
     with pytest.raises(ValueError, match="capacity_factor must be None with a routing of whole inputs"):
         mpoe.MPOEConfig(routing="prefix", capacity_factor=1.0)
     with pytest.raises(ValueError, match="routing must be 'token' where nothing is routed"):

@@ -104,8 +104,14 @@ def _find(model: PreTrainedModel, config: MPOEConfig) -> _Found:
             "would leave the model as it is"
         )
     kind, components = model.config.model_type, config.mpo_layers
+    feed_forwards = find_feed_forwards(model, kind, config) if config.is_mixture or "mlp" in components else []
+    if config.routing != "token" and any(found.names.stack == "decoder" for found in feed_forwards):
+        raise ValueError(
+            f"routing {config.routing!r} must be of inputs that are there as a whole; a decoder's tokens must not see "
+            "those after them, and would. Choose stacks: encoder, or routing 'token'"
+        )
     return _Found(
-        find_feed_forwards(model, kind, config) if config.is_mixture or "mlp" in components else [],
+        feed_forwards,
         find_attention(model, kind, config) if "attention" in components else [],
         find_embedding(model, kind) if "word_embed" in components else None,
     )
@@ -128,11 +134,6 @@ def _mark(model: PreTrainedModel, config: MPOEConfig) -> None:
 def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeedForward:
     """An empty mixture with the sizes, dtypes, device and mode of a dense feed-forward network."""
     names = feed_forward.names
-    if config.routing != "token" and names.stack == "decoder":
-        raise ValueError(
-            f"routing {config.routing!r} must be of inputs that are there as a whole; a decoder's tokens must not see "
-            "those after them, and would. Choose stacks: encoder, or routing 'token'"
-        )
 
     def experts(name: str) -> Experts:
         linear = feed_forward.linear(name)
