@@ -22,16 +22,15 @@ def task_table(grid: Grid, task: str, folder: Path) -> Table:
     table = Table(title=f"{task}: test rows", title_justify="left")
     columns: dict[str, None] = {}
     rows = []
-    first: dict[int, float] | None = None
+    first: Mapping[int, Mapping[str, Any]] | None = None
     for variant in grid.variants:
         rate = best_rate(grid, task, variant, folder)
         runs = {} if rate is None else {seed: grid.run(task, variant, rate, seed).result(folder) for seed in grid.seeds}
         found = {seed: result for seed, result in runs.items() if result is not None}
         row = {"variant": variant, "rate": "-" if rate is None else f"{rate:g}", "seeds": str(len(found))}
         if found:
-            scores = {seed: headline(result, "test")[1] for seed, result in found.items()}
-            first = scores if first is None else first
-            row |= _measured(list(found.values())) | {"difference": _difference(scores, first)}
+            first = found if first is None else first
+            row |= _measured(list(found.values())) | {"difference": _difference(found, first)}
         columns |= dict.fromkeys(row)
         rows.append(row)
     for column in columns:
@@ -45,7 +44,7 @@ def _measured(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     results = [run["results"] for run in found]
     name = headline(found[0], "test")[0]
     row = {name: _mean([headline(run, "test")[1] for run in found])}
-    row["cross-entropy"] = _mean([cross_entropy(r["tasks"], "test") for r in results])
+    row["cross-entropy"] = _mean([_nats(run) for run in found])
     row["parameters, M"] = f"{sum(results[0]['parameters'][part] for part in PARTS) / 1e6:.1f}"
     rates = [r["tokens_per_second"] for r in results if r["tokens_per_second"]]
     row["tokens/s"] = f"{statistics.median(rates):.0f}" if rates else "-"
@@ -74,15 +73,25 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def _difference(scores: Mapping[int, float], first: Mapping[int, float]) -> str:
-    """To the first variant, over the seeds that both have: the mean, and its standard error over these seeds."""
-    pairs = [scores[seed] - first[seed] for seed in scores if seed in first]
+def _difference(found: Mapping[int, Mapping[str, Any]], first: Mapping[int, Mapping[str, Any]]) -> str:
+    """To the first variant, over the seeds that both have: means, and their standard errors over these seeds."""
+    pairs = [(found[seed], first[seed]) for seed in found if seed in first]
     if not pairs:
         return "-"
-    if not any(pairs):
+    if found is first:
         return "0"
-    error = f" ± {statistics.stdev(pairs) / math.sqrt(len(pairs)):.4f}" if len(pairs) > 1 else ""
-    return f"{statistics.fmean(pairs):+.4f}{error}"
+    metric = [headline(run, "test")[1] - headline(other, "test")[1] for run, other in pairs]
+    nats = [_nats(run) - _nats(other) for run, other in pairs]
+    return f"{_signed(metric)}; {_signed(nats)} nats"
+
+
+def _nats(run: Mapping[str, Any]) -> float:
+    return cross_entropy(run["results"]["tasks"], "test")
+
+
+def _signed(values: Sequence[float]) -> str:
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{error}"
 
 
 def put_table(path: Path, name: str, table: Table) -> None:

@@ -16,6 +16,7 @@ BIASES = ("base", "none", "shared", "expert")
 AUXILIARY_SIDES = ("both", "narrow")
 ROUTING = ("token", "sequence", "prefix")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
+ROUTER_GRADIENTS = ("router", "all", "none")
 
 
 @dataclass
@@ -65,6 +66,11 @@ class MPOEConfig:
             dimensionless, >= 0. At 0 all experts are the pre-trained layer and only routing tells them apart.
         is_scale_prob: Multiply an expert's output by its router probability (as Switch does) instead of by p / p, whose
             value is 1 and whose gradient still reaches the router. Upcycling keeps the function only with False.
+        router_gradient: How far the gradient of p / p goes. It is that of a function which does not depend on p, so
+            it tells the router little and the tokens nothing that is true. "router": to the router's weights; then
+            nothing reaches the tokens through a router, neither from the load-balancing loss. "all": to the tokens
+            too, as in the reference. "none": routers learn from the load-balancing loss alone. Weights that count
+            (is_scale_prob, top_k >= 2) have their own gradient whatever this says.
         expert_bias: Biases of the expert matrices: "shared" by all experts of a layer (as in the paper's code), or one
             an "expert"; where the base has none they start at 0. "none" is for bases without biases. "base" is as the
             base has them, shared.
@@ -118,6 +124,7 @@ class MPOEConfig:
     offset_scale: float = 0.3
     expert_noise: float = 0.0
     is_scale_prob: bool = False
+    router_gradient: str = "router"
     expert_bias: str = "base"
     expert_dropout: float | None = None
     routing: str = "token"
@@ -149,6 +156,7 @@ class MPOEConfig:
             ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
             ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE), ("routing", ROUTING),
+            ("router_gradient", ROUTER_GRADIENTS),
         ):  # fmt: skip
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)

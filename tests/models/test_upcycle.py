@@ -29,15 +29,32 @@ def test_the_function_is_preserved(version, layout, gauge, mpo_layers):
 
 
 @VERSIONS
-def test_the_central_tensors_gradient_starts_as_the_dense_matrixs(version):
-    """In the last block, whose upstream gradient is the dense model's; below it the routers add theirs."""
+def test_the_central_tensors_gradients_start_as_the_dense_matrices(version):
+    """Of the first layer too, below all other routers."""
     dense, batch = tiny_t5(version).train(), tiny_batch()
-    mixture = mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(num_experts=3, load_balancing_coef=0.0))
+    mixture = mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(num_experts=3))
     for model in (dense, mixture):
         model(**batch).loss.backward()
-    wo = dense.decoder.block[1].layer[2].DenseReluDense.wo.weight.grad
-    central = mixture.decoder.block[1].layer[2].DenseReluDense.down.central.grad
-    torch.testing.assert_close(central.reshape(wo.shape), wo, rtol=1e-3, atol=1e-6)
+    for name in mixtures(mixture):
+        wo = dense.get_submodule(name).wo.weight.grad
+        central = mixture.get_submodule(name).down.central.grad
+        torch.testing.assert_close(central.reshape(wo.shape), wo, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["router", "none", "all"])
+def test_experts_that_cannot_move_leave_dense_fine_tuning(gradient):
+    """Unless routers push the tokens, as the reference's do."""
+    dense, batch = tiny_t5().double(), tiny_batch()
+    config = mpoe.MPOEConfig(num_experts=3, offset_scale=1e-9, router_gradient=gradient)
+    mixture = mpoe.upcycle(copy.deepcopy(dense), config)
+    for model in (dense, mixture):
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+    away = (logits_of(mixture, batch) - logits_of(dense, batch)).abs().max()
+    assert away > 1e-2 if gradient == "all" else away < 1e-5
 
 
 @LAYOUTS

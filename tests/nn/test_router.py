@@ -38,6 +38,29 @@ def test_unit_weight_has_the_gradient_of_log_p():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "of_router", "of_tokens"),
+    [
+        ({}, True, False),
+        ({"gradient": "all"}, True, True),
+        ({"gradient": "none"}, False, False),
+        ({"gradient": "none", "is_scale_prob": True}, True, True),
+        ({"gradient": "none", "top_k": 2}, True, True),
+    ],
+)
+def test_how_far_the_gradient_of_the_weights_goes(options, of_router, of_tokens):
+    router, x = make_router(**options), torch.randn(20, 12, requires_grad=True)
+    route = router(x)
+    assert route.weight.requires_grad == of_router
+    if of_router:
+        got = torch.autograd.grad(
+            route.weight[:, 0] @ torch.randn(20), [router.weight, x], retain_graph=True, allow_unused=True
+        )
+        assert [gradient is not None and bool(gradient.any()) for gradient in got] == [True, of_tokens]
+    balance = torch.autograd.grad(route.load_balancing_loss, [router.weight, x], allow_unused=True)
+    assert [gradient is not None for gradient in balance] == [True, of_tokens]
+
+
 @pytest.mark.parametrize("scale", [2.0**-4, 2.0**14])
 def test_the_scale_of_the_input_does_not_matter(scale):
     router = make_router()

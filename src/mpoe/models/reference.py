@@ -270,6 +270,7 @@ def _mixture_config(
         gauge="sqrt",
         tied_head=not layout.has_own_head if "word_embed" in layout.components else None,
         is_scale_prob=is_scale_prob,
+        router_gradient="all",
         expert_bias="none" if not rows else "shared" if rows == {1} else "expert",
         router_input_norm=False,
         **caps,

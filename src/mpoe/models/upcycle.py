@@ -196,6 +196,7 @@ def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
         config.num_experts,
         config.experts_per_token,
         config.is_scale_prob,
+        config.router_gradient,
         config.capacity_factor,
         config.eval_capacity_factor,
         config.second_policy_train,

@@ -98,6 +98,7 @@ class TopKRouter(nn.Module):
         is_scale_prob: True: an expert's output is multiplied by its probability p, as in Switch Transformer, eq. 2.
             False, K = 1: by p / p with a stopped gradient below, as in the MPOE reference: its value is 1, so the
             pre-trained function is kept, and its gradient still reaches the router. False, K >= 2: as said above.
+        gradient: What the gradient of p / p reaches, "all", "router" or "none"; see `MPOEConfig.router_gradient`.
         capacity_factor: See `MPOEConfig`; also for those that follow.
         eval_capacity_factor: In evaluation.
         second_policy_train: For the experts after the first.
@@ -115,6 +116,7 @@ class TopKRouter(nn.Module):
         num_experts: int,
         top_k: int = 1,
         is_scale_prob: bool = False,
+        gradient: str = "router",
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
         second_policy_train: str = "all",
@@ -127,6 +129,8 @@ class TopKRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.is_scale_prob = is_scale_prob
+        # other weights are part of the function, and their gradient is the function's
+        self.gradient = "all" if is_scale_prob or top_k > 1 else gradient
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.second_policy_train = second_policy_train
@@ -152,13 +156,14 @@ class TopKRouter(nn.Module):
             mask: Which of them are no padding; None is all. Padding is routed, and never dropped for want of room.
         """
         with without_autocast(x.device):
-            logits = self._logits(x.float())
+            logits = self._logits(x.float() if self.gradient == "all" else x.detach().float())
             probabilities = logits.softmax(dim=-1)
         top_probability, expert_index = probabilities.topk(self.top_k, dim=-1)
         if self.is_scale_prob:
             weight = top_probability
         elif self.top_k == 1:
-            weight = top_probability / top_probability.detach()
+            counted = top_probability.detach() if self.gradient == "none" else top_probability
+            weight = counted / top_probability.detach()
         else:
             weight = top_probability / top_probability.sum(dim=-1, keepdim=True)
         kept = self._wanted(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments
@@ -151,6 +151,10 @@ class MixtureArguments:
     is_scale_prob: bool = field(
         default=False, metadata={"help": "Multiply an expert's output by its router probability."}
     )
+    router_gradient: Literal["router", "all", "none"] = field(
+        default="router",
+        metadata={"help": "How far the gradient of the weights p / p goes; all: to the tokens too, as in the paper."},
+    )
     capacity_factor: float | None = field(
         default=None,
         metadata={
@@ -215,43 +219,21 @@ class MixtureArguments:
         Raises:
             ValueError: A flag's value that makes no sense, named.
         """
-        config = MPOEConfig(
-            num_experts=num_experts,
-            moe_type=self.moe_type or "none",
-            top_k=self.top_k,
-            mpo_layers=_components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
-            layout=self.layout,
-            num_sites=self.num_sites,
-            max_auxiliary_bond=self.max_auxiliary_bond,
-            auxiliary_sides=self.auxiliary_sides,
-            max_bond_dim=_bond(self.linear_trunc),
-            word_embed_bond_dim=_bond(self.emb_trunc),
-            attention_bond_dim=_bond(self.attention_trunc),
-            site_dims=_json_object("site_dims", self.site_dims),
-            gauge=self.gauge,
-            share_central=self.share_central,
-            routing=self.routing,
-            stacks=_names(self.stacks),
-            layers=_integers("layers", self.layers),
-            offset_scale=self.offset_scale,
-            expert_noise=self.expert_noise,
-            expert_bias=self.expert_bias,
-            feed_forward=_json_object("feed_forward", self.feed_forward),
-            expert_dropout=self.switch_dropout,
-            is_scale_prob=self.is_scale_prob,
-            capacity_factor=self.capacity_factor,
-            eval_capacity_factor=self.eval_capacity_factor,
-            second_policy_train=self.second_policy_train,
-            second_policy_eval=self.second_policy_eval,
-            second_threshold=self.second_threshold,
-            router_jitter=self.router_jitter,
-            load_balancing_coef=self.load_balancing_coef,
-            router_z_loss_coef=self.router_z_loss_coef,
-            compute=self.compute,
-            matrix_cache_gib=self.matrix_cache_gib,
-            matrix_save_gib=self.matrix_save_gib,
-            seed=seed,
-        )
+        read = {
+            "moe_type": self.moe_type or "none",
+            "mpo_layers": _components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
+            "max_bond_dim": _bond(self.linear_trunc),
+            "word_embed_bond_dim": _bond(self.emb_trunc),
+            "attention_bond_dim": _bond(self.attention_trunc),
+            "site_dims": _json_object("site_dims", self.site_dims),
+            "stacks": _names(self.stacks),
+            "layers": _integers("layers", self.layers),
+            "feed_forward": _json_object("feed_forward", self.feed_forward),
+            "expert_dropout": self.switch_dropout,
+        }
+        flags = {flag.name for flag in fields(self)}
+        same = {of.name: getattr(self, of.name) for of in fields(MPOEConfig) if of.name in flags - set(read)}
+        config = MPOEConfig(num_experts=num_experts, seed=seed, **{**same, **read})
         if config.is_mixture:
             config.stacks = config.stacks or default_stacks
         return config if config.is_mixture or config.mpo_layers else None
