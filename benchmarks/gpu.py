@@ -224,7 +224,7 @@ def _probabilities(router: TopKRouter, x_TD: Float[Tensor, "T D"]) -> Float[Tens
 def _plain(layer: MoEFeedForward, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
     """A layer by its definition: expert after expert, each with its matrices multiplied out."""
     router = _router(layer)
-    seen_TD = x_TD.detach() if router.top_k == 1 else x_TD  # router_gradient "router", the default
+    seen_TD = x_TD if router.gradient == "all" else x_TD.detach()
     top, index = _probabilities(router, seen_TD).topk(router.top_k, dim=-1)
     weight = top / (top.detach() if router.top_k == 1 else top.sum(dim=-1, keepdim=True))
     kept = _kept(index, router.num_experts, router.capacity_factor)

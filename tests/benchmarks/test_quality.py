@@ -91,8 +91,8 @@ def test_the_rate_is_the_best_on_validation_and_the_table_is_of_the_test_rows(tm
     assert table["variant"] == ["dense", "mixture", "slow"]
     assert table["rate"] == ["0.001", "0.01", "1e-06"]
     assert table["matthews"] == ["0.1150 ± 0.0071", "0.2150 ± 0.0071", "0.0150 ± 0.0071"]
-    assert table["difference"][0] == "0"
-    assert table["difference"][1].startswith("+0.1000 ± 0.0000; ")
+    ahead, behind = "+0.1000 ± 0.0000", "-0.1000 ± 0.0000"
+    assert table["difference"] == ["0", f"{ahead}; {behind} nats", f"{behind}; {ahead} nats"]
     assert table["usage"][:2] == ["-", "0.5000 ± 0.0000"]
     assert table["lost by shuffling"] == ["-", "0.0000; 0.0000 nats", "0.0000; 0.0000 nats"]
     assert table["parameters, M"][0] == "1.0"

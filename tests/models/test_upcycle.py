@@ -42,7 +42,7 @@ def test_the_central_tensors_gradients_start_as_the_dense_matrices(version):
 
 
 @pytest.mark.parametrize("gradient", ["router", "none", "all"])
-def test_experts_that_cannot_move_leave_dense_fine_tuning(gradient):
+def test_experts_that_cannot_move_train_like_the_dense_model(gradient):
     """Unless routers push the tokens, as the reference's do."""
     dense, batch = tiny_t5().double(), tiny_batch()
     config = mpoe.MPOEConfig(num_experts=3, offset_scale=1e-9, router_gradient=gradient)

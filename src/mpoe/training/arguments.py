@@ -153,7 +153,7 @@ class MixtureArguments:
     )
     router_gradient: Literal["router", "all", "none"] = field(
         default="router",
-        metadata={"help": "How far the gradient of the weights p / p goes; all: to the tokens too, as in the paper."},
+        metadata={"help": "How far the gradient of the weights p / p goes; all: to the tokens too, as the reference."},
     )
     capacity_factor: float | None = field(
         default=None,
@@ -233,7 +233,7 @@ class MixtureArguments:
         }
         flags = {flag.name for flag in fields(self)}
         same = {of.name: getattr(self, of.name) for of in fields(MPOEConfig) if of.name in flags - set(read)}
-        config = MPOEConfig(num_experts=num_experts, seed=seed, **{**same, **read})
+        config = MPOEConfig(num_experts=num_experts, seed=seed, **same, **read)
         if config.is_mixture:
             config.stacks = config.stacks or default_stacks
         return config if config.is_mixture or config.mpo_layers else None
