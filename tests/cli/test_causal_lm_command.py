@@ -94,7 +94,8 @@ def test_one_file_gives_its_end_for_validation_and_no_test(ground, capsys):
     assert "train perplexity (validation)" in Path("table.md").read_text()
 
 
-def test_files_by_name_and_the_best_checkpoint(ground):
+@pytest.mark.parametrize("greater_is_better", [False, True])
+def test_files_by_name_and_the_best_checkpoint(ground, capsys, greater_is_better):
     files = [
         "--train_file",
         "corpus/train.txt",
@@ -106,12 +107,18 @@ def test_files_by_name_and_the_best_checkpoint(ground):
     where = FLAGS.index("--corpus")
     flags = [*FLAGS[:where], *FLAGS[where + 2 :], *files, "--load_best_model_at_end", "--eval_strategy", "steps"]
     result = finetune.run(
-        [*flags, "--eval_steps", "2", "--learning_rate", "1e-2", "--metric_for_best_model", "eval_loss"]
-    )
+        [
+            *flags, "--eval_steps", "2", "--learning_rate", "1e-2", "--metric_for_best_model", "eval_loss",
+            "--greater_is_better", str(greater_is_better),
+        ]
+    )  # fmt: skip
     assert list(result.tasks) == ["train"]
     state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    assert state["best_metric"] == min(losses)
+    first, last = (entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
+    assert last < first
+    assert state["best_metric"] == (first if greater_is_better else last)
+    assert result.best_step == (2 if greater_is_better else 4)
+    assert ("train after step 2, the best of 4 steps" in capsys.readouterr().out) is greater_is_better
 
 
 def test_killed_and_resumed_it_is_the_unbroken_run(ground):

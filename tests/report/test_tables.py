@@ -70,7 +70,9 @@ def make_result(tasks, pace=1.5):
     count = ParameterCount(5_000_000, 2_000_000, 500_000, 0, 0, 0, 0, 0)
     trained = [TrainedPart("routers", 1_000_000, 2_000_000, 1e-3)]
     average = {"test": sum(next(iter(splits["test"].values())) for splits in tasks.values()) / len(tasks)}
-    return FinetuneResult(tasks, average, 0.5, 110, pace, None, 3 * 2**30, count, trained, {}, None, None, None, {})
+    return FinetuneResult(
+        tasks, average, 0.5, 110, None, pace, None, 3 * 2**30, count, trained, {}, None, None, None, {}
+    )
 
 
 def test_runs_side_by_side():

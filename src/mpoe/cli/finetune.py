@@ -188,7 +188,8 @@ def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> 
         console.print(router_table(result.routers))
     for name, metrics in result.tasks.items():
         unit = "token" if "tokens" in next(iter(metrics.values())) else "row"
-        title = f"{name} after {result.steps:,} steps (cross-entropy: nats a {unit})"
+        step = "" if result.best_step in (None, result.steps) else f"step {result.best_step:,}, the best of "
+        title = f"{name} after {step}{result.steps:,} steps (cross-entropy: nats a {unit})"
         console.print(metrics_table(metrics, title))
     for name, metrics in (result.shuffled or {}).items():
         title = f"{name} with the routing shuffled: what this costs is what the routers do"

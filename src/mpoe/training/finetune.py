@@ -53,6 +53,7 @@ class FinetuneResult:
         train_loss: Mean training loss per target over all logged steps, those before an interruption and the
             routers' part included, nats; None if none was logged.
         steps: Optimizer steps, count.
+        best_step: The step of the checkpoint that the model is; None without `load_best_model_at_end`.
         seconds_per_step: Median wall-clock seconds of a training step; None if every step was run before.
         tokens_per_second: Input tokens of training steps; None unless `include_num_input_tokens_seen` counts them.
         peak_memory: Largest memory of the process (on a GPU: of its tensors) since it started, bytes.
@@ -69,6 +70,7 @@ class FinetuneResult:
     average: dict[str, float]
     train_loss: float | None
     steps: int
+    best_step: int | None
     seconds_per_step: float | None
     tokens_per_second: float | None
     peak_memory: int
@@ -157,6 +159,7 @@ def finetune(
         average=average(metrics),
         train_loss=mean_loss(trainer.state.log_history),
         steps=done.global_step,
+        best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
         seconds_per_step=timer.median,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory(),
