@@ -53,7 +53,8 @@ def _measured(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         row["usage"] = _mean(entropies)
     shuffled = [r for r in results if r["shuffled"] is not None]
     if shuffled:
-        lost = [first_metric(r["tasks"], "test")[1] - first_metric(r["shuffled"], "test")[1] for r in shuffled]
+        pairs = [(first_metric(r["tasks"], "test")[1], first_metric(r["shuffled"], "test")[1]) for r in shuffled]
+        lost = [other - own if name == "perplexity" else own - other for own, other in pairs]
         entropy = [cross_entropy(r["shuffled"], "test") - cross_entropy(r["tasks"], "test") for r in shuffled]
         row["lost by shuffling"] = f"{_mean(lost)}; {_mean(entropy)} nats"
     return row

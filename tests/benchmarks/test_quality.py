@@ -42,7 +42,7 @@ def ground(tmp_path, monkeypatch):
     return tmp_path
 
 
-def fake(grid, folder, score):
+def fake(grid, folder, score, metric="matthews", lost=0.0):
     """Write the results of all of a grid's runs; `score` gives those on validation and test rows."""
     folder.mkdir(exist_ok=True)
     for task in grid.tasks:
@@ -51,10 +51,11 @@ def fake(grid, folder, score):
                 for seed in grid.seeds:
                     run = grid.run(task, variant, rate, seed)
                     splits = [
-                        {"matthews": value, "cross_entropy": 1 - value, "rows": 9}
+                        {metric: value, "cross_entropy": 1 - value, "rows": 9}
                         for value in score(task, variant, rate, seed)
                     ]
                     tasks = {task: dict(zip(("validation", "test"), splits, strict=True))}
+                    shuffled = {task: {split: of | {metric: of[metric] - lost} for split, of in tasks[task].items()}}
                     results = {
                         "tasks": tasks, "average": {}, "train_loss": 0.1, "steps": 2, "seconds_per_step": 1.0,
                         "tokens_per_second": 100.0, "peak_memory": 2**30, "trained": [], "gradient_mask": None,
@@ -68,7 +69,7 @@ def fake(grid, folder, score):
                         }
                         if variant != "dense"
                         else {},
-                        "shuffled": None if variant == "dense" or seed != grid.seeds[0] else tasks,
+                        "shuffled": None if variant == "dense" or seed != grid.seeds[0] else shuffled,
                         "adapter_bytes": None, "versions": {},
                     }  # fmt: skip
                     found = {"task": task, "variant": variant, "flags": run.flags, "results": results}
@@ -96,6 +97,14 @@ def test_the_rate_is_the_best_on_validation_and_the_table_is_of_the_test_rows(tm
     assert table["usage"][:2] == ["-", "0.5000 ± 0.0000"]
     assert table["lost by shuffling"] == ["-", "0.0000; 0.0000 nats", "0.0000; 0.0000 nats"]
     assert table["parameters, M"][0] == "1.0"
+
+
+@pytest.mark.parametrize(("metric", "lost"), [("matthews", 0.5), ("perplexity", -0.5)])
+def test_what_is_lost_by_shuffling_is_above_0_whichever_way_the_metric_is_better(tmp_path, metric, lost):
+    grid = Grid.load(write_grid(tmp_path))
+    fake(grid, tmp_path / "out", lambda task, variant, rate, seed: (1.0, 1.0), metric, lost)
+    table = cells(task_table(grid, "cola", tmp_path / "out"))
+    assert table["lost by shuffling"] == ["-", "0.5000; 0.0000 nats", "0.5000; 0.0000 nats"]
 
 
 def test_a_row_waits_for_all_rates(tmp_path):
