@@ -50,7 +50,9 @@ class MPOEConfig:
             "o" alone. Shapes not named are planned.
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
-            singular values on both sides of every bond, as in the reference implementation.
+            singular values on both sides of every bond, as in the reference implementation; at the learning rate that
+            suits the other two it learned nothing, its central tensors' elements being tens of times smaller
+            (docs/results.md).
         share_central: Whether the experts of a layer share its central tensor. Without, each expert is an MPO of its
             own: larger than whole experts, and only there to be compared with.
         feed_forward: Where a model keeps its feed-forward networks, if no row of `mpoe.models.families` says so: the
