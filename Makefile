@@ -30,7 +30,7 @@ help:
 	@echo "The first run makes .venv (some minutes). PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip."
 
 demo: $(READY)
-	@echo "demo: fine-tuning an upcycled T5 (mpoe demo $(ARGS))"
+	@echo "demo: fine-tuning an upcycled T5 ($(strip mpoe demo $(ARGS)))"
 	@$(BIN)/mpoe demo $(ARGS)
 
 test: $(READY)

@@ -1,10 +1,11 @@
 """Fine-tuned quality of mixtures and baselines: tasks × variants × seeds, every run one `mpoe finetune` of its own.
 
-    python benchmarks/quality.py benchmarks/quality/main.yaml --path data=../shared/data [--workers 2 --threads 1]
+    python benchmarks/quality.py benchmarks/quality/main.yaml --path data=FOLDER --workers 2 --threads 1
     python benchmarks/quality.py benchmarks/quality/main.yaml --table
 
-A grid (a YAML file, see `Grid`) says what is run. A finished run is a JSON file in `benchmarks/results/quality`, found
-again by the hash of its flags, from any grid; an interrupted one resumes. `--table` runs nothing.
+A grid is a YAML file that says what is run: flags, tasks, variants, learning rates and seeds. A finished run is a JSON
+file in benchmarks/results/quality, found again by the hash of its flags, from any grid; an interrupted one resumes.
+benchmarks/README.md says what the files of FOLDER are, and what the columns mean.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import dataclasses
 import datetime
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,41 +41,52 @@ WORK = ROOT / "build" / "quality"
 CHECKPOINTS: dict[str, Callable[[], Path]] = {
     "t5": t5_checkpoint, "smollm2": smollm2_checkpoint, "minilm": minilm_checkpoint,
 }  # fmt: skip
+_PLACE = re.compile(r"\{(\w+)\}(.*)", re.DOTALL)  # of a flag: the {NAME} that --path names, and what is in it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a grid, or show what its runs have found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="+", type=Path, help="YAML files, see the class Grid; one after the other")
-    parser.add_argument("--table", action="store_true", help="only show what finished runs have found")
-    parser.add_argument("--markdown", action="store_true", help="write the table in Markdown")
-    parser.add_argument("--update", type=Path, help="put the tables into a Markdown file, see `put_table`")
-    parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDER", help="what {NAME} stands for")
-    parser.add_argument("--tasks", nargs="+", help="only these")
-    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("grid", nargs="+", type=Path, help="YAML files, one after the other")
+    parser.add_argument("--table", action="store_true", help="run nothing, show what finished runs have found")
+    parser.add_argument("--markdown", action="store_true", help="the same in Markdown")
+    parser.add_argument(
+        "--update", type=Path, metavar="PAGE",
+        help="the same, put into a Markdown file where it has the lines <!-- table GRID TASK --> and <!-- end -->",
+    )  # fmt: skip
+    parser.add_argument(
+        "--path", action="append", default=[], metavar="NAME=FOLDER", help="what {NAME} in a grid stands for"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these, of the grids that have them")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="VARIANT", help="only these; differences are to the first of them"
+    )
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, count (default: 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run, count (all cores)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results/quality)")
     args = parser.parse_args(arguments)
-    try:
-        paths = dict(pair.split("=", 1) for pair in args.path)
-    except ValueError:
-        parser.error(f"--path must be NAME=FOLDER; got {' '.join(args.path)}")
+    args.table = args.table or args.markdown or args.update is not None
     console = Console(width=None if sys.stdout.isatty() else 220)
-    for path in args.grid:
-        try:
-            grid = _chosen(Grid.load(path), args.tasks, args.variants)
+    try:
+        if args.update is not None and args.variants:
+            raise ValueError("--update writes whole tables; leave --variants out")
+        grids = _chosen({path: Grid.load(path) for path in args.grid}, args.tasks, args.variants)
+        paths = _paths(args.path, grids.values(), needed=not args.table)
+        if args.table and not any(args.out.glob("*.json")):
+            raise ValueError(f"--out must be a folder with results of runs; {args.out} has none")
+        for path, grid in grids.items():
             if not args.table:
                 run_grid(grid, args, paths, console)
-        except (ValueError, RuntimeError) as error:
-            console.print(f"error: {error}", markup=False)
-            raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-        for task in grid.tasks:
-            table = task_table(grid, task, args.out)
-            if args.update is not None:
-                put_table(args.update, f"{path.stem} {task}", table)
-            else:
-                console.print(f"{table.title}\n\n{markdown(table)}" if args.markdown else table, markup=False)
+            for task in grid.tasks:
+                table = task_table(grid, task, args.out)
+                table.title = f"{path.stem} {task}: test rows"
+                if args.update is not None:
+                    put_table(args.update, f"{path.stem} {task}", table)
+                else:
+                    console.print(f"{table.title}\n\n{markdown(table)}" if args.markdown else table, markup=False)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
 
 
 def run_grid(grid: Grid, args: argparse.Namespace, paths: Mapping[str, str], console: Console) -> None:
@@ -91,15 +104,50 @@ def run_grid(grid: Grid, args: argparse.Namespace, paths: Mapping[str, str], con
         _run_all(others, args, paths, console)
 
 
-def _chosen(grid: Grid, tasks: Sequence[str] | None, variants: Sequence[str] | None) -> Grid:
-    for kind, names, there in (("tasks", tasks, grid.tasks), ("variants", variants, grid.variants)):
+def _chosen(
+    grids: Mapping[Path, Grid], tasks: Sequence[str] | None, variants: Sequence[str] | None
+) -> dict[Path, Grid]:
+    """What the flags name of each grid, without the grids that have nothing of it."""
+    for kind, names in (("tasks", tasks), ("variants", variants)):
+        there = list(dict.fromkeys(name for grid in grids.values() for name in getattr(grid, kind)))
         if unknown := set(names or ()) - set(there):
             raise ValueError(f"--{kind} must be of {', '.join(there)}; got {', '.join(sorted(unknown))}")
-    return dataclasses.replace(
-        grid,
-        tasks={name: flags for name, flags in grid.tasks.items() if not tasks or name in tasks},
-        variants={name: flags for name, flags in grid.variants.items() if not variants or name in variants},
-    )
+    chosen = {
+        path: dataclasses.replace(
+            grid,
+            tasks={task: flags for task, flags in grid.tasks.items() if not tasks or task in tasks},
+            variants={
+                variant: flags for variant, flags in grid.variants.items() if not variants or variant in variants
+            },
+        )
+        for path, grid in grids.items()
+    }
+    chosen = {path: grid for path, grid in chosen.items() if grid.tasks and grid.variants}
+    if not chosen:
+        raise ValueError(
+            f"no grid has both a task of {', '.join(tasks or ())} and a variant of {', '.join(variants or ())}"
+        )
+    return chosen
+
+
+def _paths(pairs: Sequence[str], grids: Iterable[Grid], needed: bool) -> dict[str, str]:
+    """What `--path` names, checked before the first run: used by a grid, and there; if `needed`, nothing is missing."""
+    paths = {name: folder for name, _, folder in (pair.partition("=") for pair in pairs)}
+    places = {(found[1], found[2]) for grid in grids for value in grid.values() if (found := _PLACE.fullmatch(value))}
+    used = {name for name, _ in places}
+    if unknown := {name for name, folder in paths.items() if name not in used or not folder}:
+        raise ValueError(
+            f"--path must be NAME=FOLDER, NAME of {', '.join(sorted(used))}; got {', '.join(sorted(unknown))}"
+        )
+    if needed and (missing := used - set(paths) - set(CHECKPOINTS)):
+        raise ValueError(f"the grid needs {' '.join(f'--path {name}=FOLDER' for name in sorted(missing))}")
+    for name, rest in sorted(places):
+        if name in paths and not Path(paths[name] + rest).exists():
+            raise ValueError(
+                f"--path {name} must be a folder with what the grid names, {{{name}}}{rest}; "
+                f"there is no {paths[name]}{rest}"
+            )
+    return paths
 
 
 def _run_all(runs: Sequence[Run], args: argparse.Namespace, paths: Mapping[str, str], console: Console) -> None:
@@ -175,12 +223,8 @@ def execute(run: Run, args: argparse.Namespace, paths: Mapping[str, str]) -> dic
 
 def _with_paths(flags: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
     def put(value: Any) -> Any:
-        if not (isinstance(value, str) and value.startswith("{")) or value.startswith('{"'):
-            return value
-        name, _, rest = value[1:].partition("}")
-        if name not in paths and name not in CHECKPOINTS:
-            raise ValueError(f"{value} of the grid needs --path {name}=FOLDER")
-        return str(paths.get(name) or CHECKPOINTS[name]()) + rest
+        found = _PLACE.fullmatch(value) if isinstance(value, str) else None
+        return value if found is None else str(paths.get(found[1]) or CHECKPOINTS[found[1]]()) + found[2]
 
     return {name: put(value) for name, value in flags.items()}
 

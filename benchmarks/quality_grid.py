@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class Grid:
         """
         try:
             values = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"a grid must be a YAML file; {path} cannot be read: {error}") from None
+        except OSError as error:
+            raise ValueError(f"a grid must be a file that can be read; {path}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"a grid must be YAML; {path} is not: {error}") from None
         names = [field.name for field in fields(cls)]
         base = None
         if isinstance(values, dict) and "base" in values:
@@ -70,6 +72,11 @@ class Grid:
             if not (isinstance(value, list) and value and all(isinstance(v, kinds) for v in value)):
                 raise ValueError(f"{name} of a grid must be a list of numbers (1.0e-3, not 1e-3); got {value!r}")
         return cls(**values)
+
+    def values(self) -> Iterator[str]:
+        """All values of flags that are texts."""
+        for flags in (self.flags, *self.tasks.values(), *self.variants.values()):
+            yield from (value for value in flags.values() if isinstance(value, str))
 
     def rates(self, task: str, variant: str) -> list[float]:
         """The learning rates that a variant is tried with on a task."""

@@ -19,7 +19,7 @@ PARTS = ("other", "central", "auxiliary", "router")  # that a model's parameters
 
 def task_table(grid: Grid, task: str, folder: Path) -> Table:
     """One row a variant: means and standard deviations over seeds, on the test rows of the best checkpoint."""
-    table = Table(title=f"{task}: test rows", title_justify="left")
+    table = Table(title_justify="left")
     columns: dict[str, None] = {}
     rows = []
     first: Mapping[int, Mapping[str, Any]] | None = None
@@ -30,7 +30,9 @@ def task_table(grid: Grid, task: str, folder: Path) -> Table:
         row = {"variant": variant, "rate": "-" if rate is None else f"{rate:g}", "seeds": str(len(found))}
         if found:
             first = found if first is None else first
-            row |= _measured(list(found.values())) | {"difference": _difference(found, first)}
+            row |= (
+                _measured([*found.values()]) | {"difference": _difference(found, first)} | _routing([*found.values()])
+            )
         columns |= dict.fromkeys(row)
         rows.append(row)
     for column in columns:
@@ -49,11 +51,19 @@ def _measured(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     rates = [r["tokens_per_second"] for r in results if r["tokens_per_second"]]
     row["tokens/s"] = f"{statistics.median(rates):.0f}" if rates else "-"
     row["peak, GiB"] = f"{max(r['peak_memory'] for r in results) / 2**30:.1f}"
+    return row
+
+
+def _routing(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How evenly experts are used, and what it costs to shuffle them; nothing for a dense model."""
+    results = [run["results"] for run in found]
+    row: dict[str, str] = {}
     if entropies := [_usage(r["routers"]) for r in results if r["routers"]]:
         row["usage"] = _mean(entropies)
     shuffled = [r for r in results if r["shuffled"] is not None]
     if shuffled:
         pairs = [(first_metric(r["tasks"], "test")[1], first_metric(r["shuffled"], "test")[1]) for r in shuffled]
+        name = headline(found[0], "test")[0]
         lost = [other - own if name == "perplexity" else own - other for own, other in pairs]
         entropy = [cross_entropy(r["shuffled"], "test") - cross_entropy(r["tasks"], "test") for r in shuffled]
         row["lost by shuffling"] = f"{_mean(lost)}; {_mean(entropy)} nats"

@@ -146,7 +146,7 @@ def test_a_grid_is_run_once_and_its_table_shown(ground, capsys):
     quality.main([*command, "--variants", "dense", "mixture"])
     shown = capsys.readouterr().out
     assert "2 runs, 0 found finished" in shown
-    assert "cola: test rows" in shown
+    assert "grid cola: test rows" in shown
     files = sorted((ground / "out").iterdir())
     assert len(files) == 2
     found = json.loads(files[1].read_text())
@@ -166,7 +166,7 @@ def test_a_run_that_fails_is_shown_with_its_log(ground, capsys):
     with pytest.raises(SystemExit) as stopped:
         quality.main([str(grid), "--out", str(ground / "out"), "--variants", "slow", *paths])
     assert stopped.value.code == 1
-    assert "max_source_length must be >= 1; got 0" in " ".join(capsys.readouterr().out.split())
+    assert "max_source_length must be >= 1; got 0" in " ".join(capsys.readouterr().err.split())
 
 
 def test_tables_are_put_into_a_page(tmp_path):
@@ -207,19 +207,46 @@ def test_a_wrong_grid_is_said(tmp_path, capsys, changes, message):
     with pytest.raises(SystemExit) as stopped:
         quality.main([str(write_grid(tmp_path, **changes))])
     assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in capsys.readouterr().err
 
 
-def test_what_a_grid_needs_is_said(tmp_path, capsys):
-    for command, message in (
-        ([str(tmp_path / "nothing.yaml")], "cannot be read"),
-        ([str(write_grid(tmp_path)), "--out", str(tmp_path)], "needs --path data=FOLDER"),
-        ([str(write_grid(tmp_path)), "--tasks", "rte"], "--tasks must be of cola; got rte"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            quality.main(command)
-        assert stopped.value.code == 2
-        assert message in " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.yaml"], "a grid must be a file that can be read; nothing.yaml: No such file"),
+        (["notes.txt"], "a grid must be YAML; notes.txt is not"),
+        (["grid.yaml"], "needs --path data=FOLDER --path model=FOLDER"),
+        (["grid.yaml", "--path", "dat=."], "--path must be NAME=FOLDER, NAME of data, model; got dat"),
+        (
+            ["grid.yaml", "--path", "data=nowhere", "--path", "model=."],
+            "--path data must be a folder with what the grid",
+        ),
+        (["grid.yaml", "--table", "--path", "model"], "--path must be NAME=FOLDER, NAME of data, model; got model"),
+        (["grid.yaml", "--tasks", "rte"], "--tasks must be of cola; got rte"),
+        (["grid.yaml", "--table", "--out", "nowhere"], "--out must be a folder with results of runs; nowhere has none"),
+        (["grid.yaml", "--update", "page.md", "--variants", "dense"], "leave --variants out"),
+        (["grid.yaml", "other.yaml", "--tasks", "other", "--variants", "dense"], "both a task of other and a variant"),
+    ],
+)
+def test_what_a_grid_needs_is_said(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_grid(tmp_path, tasks={"other": {"tasks": ["cola"]}}, variants={"mixture": {}}).rename("other.yaml")
+    write_grid(tmp_path)
+    (tmp_path / "notes.txt").write_text("a: [")
+    with pytest.raises(SystemExit) as stopped:
+        quality.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_of_several_grids_those_that_have_a_task_are_shown(tmp_path, capsys):
+    fake(Grid.load(write_grid(tmp_path)), tmp_path / "out", lambda *_: (0.1, 0.1))
+    other = write_grid(tmp_path, tasks={"other": {"tasks": ["cola"]}}).rename(tmp_path / "other.yaml")
+    command = [str(write_grid(tmp_path)), str(other), "--table", "--out", str(tmp_path / "out"), "--tasks", "cola"]
+    quality.main(command)
+    shown = capsys.readouterr().out
+    assert "grid cola: test rows" in shown
+    assert "other" not in shown
 
 
 @pytest.mark.parametrize("path", sorted((quality.ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda p: p.stem)

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from mpoe.nn import RouterStatistics
 
+TITLE = "Share of tokens per expert, %; mean entropy of a router's probabilities, nats"
 
-def router_table(
-    routers: Mapping[str, RouterStatistics], title: str = "Share of tokens per expert, %; entropy in nats"
-) -> Table:
-    """One row a layer, one column an expert; a column of dropped assignments if there are any.
+
+def router_table(routers: Mapping[str, RouterStatistics], title: str = TITLE) -> Table:
+    """One row a layer, one column an expert, how undecided its router is; a column of dropped assignments if any are.
 
     Args:
         routers: By the layer's name.
