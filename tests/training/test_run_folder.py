@@ -1,8 +1,11 @@
+import errno
 import json
+import re
 
 import pytest
+from safetensors import SafetensorError
 
-from mpoe.training.run_folder import RunFolder, last_checkpoint
+from mpoe.training.run_folder import RunFolder
 from tiny import files
 
 ARGUMENTS = {"task": "cola", "num_experts": 8}
@@ -11,7 +14,6 @@ ARGUMENTS = {"task": "cola", "num_experts": 8}
 def make_checkpoint(folder, step, complete=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "model.safetensors").write_bytes(b"weights")
     if complete:
         (path / "trainer_state.json").write_text("{}")
     return path
@@ -37,7 +39,6 @@ def test_the_same_command_finds_its_last_complete_checkpoint(tmp_path):
     complete = make_checkpoint(run.path, 100)
     make_checkpoint(run.path, 120, complete=False)
     assert RunFolder.open(run.path, dict(ARGUMENTS)).checkpoint == complete
-    assert last_checkpoint(tmp_path) is None
 
 
 def test_a_finished_run_is_found(tmp_path):
@@ -72,3 +73,33 @@ def test_what_is_there_is_refused_and_left_alone(tmp_path, prepare, message):
     with pytest.raises(ValueError, match=message):
         RunFolder.open(tmp_path / "run", ARGUMENTS)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_error_and_leaves_what_was_complete(tmp_path, error):
+    run = claimed(tmp_path / "run", ARGUMENTS)
+    for step, message in ((None, "starts anew"), (20, "goes on from checkpoint-20")):
+        kept = step and make_checkpoint(run.path, step)
+        unfinished = make_checkpoint(run.path, 40, complete=False)
+        (run.path / ".saving").mkdir()
+        with pytest.raises(ValueError, match=f"must have room .* is full.*{message}"), run.guard():
+            raise error
+        assert not unfinished.exists()
+        assert not (run.path / ".saving").exists()
+        assert run.checkpoint is None
+        assert RunFolder.open(run.path, ARGUMENTS).checkpoint == kept
+
+
+def test_other_errors_pass_the_guard(tmp_path):
+    run = claimed(tmp_path / "run", ARGUMENTS)
+    unfinished = make_checkpoint(run.path, 40, complete=False)
+    for error in (OSError(errno.EACCES, "denied"), RuntimeError("out of memory"), SafetensorError("header")):
+        with pytest.raises(type(error), match=re.escape(str(error))), run.guard():
+            raise error
+    assert unfinished.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command and arguments; None is the process's own.
 
     Returns:
-        The exit status: 0 done, 2 wrong input, 130 interrupted.
+        The exit status: 0 done, 2 wrong input, 130 interrupted, 143 terminated.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("MPOE_DEBUG"):
             raise
         return _fail(f"mpoe {argv[0]}: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        advice = "; the same command goes on from its last checkpoint, if it wrote one" if argv[0] in RESUMED else ""
-        print(f"\nmpoe {argv[0]}: interrupted{advice}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number, saved = error.args or (signal.SIGINT, None)  # of `mpoe.training.stop_signals.Interrupted`
+        advice = ""
+        if argv[0] in RESUMED:
+            last = "its last checkpoint, if it wrote one" if saved is None else f"step {saved}, which is saved"
+            advice = f"; the same command goes on from {last}"
+        print(f"\nmpoe {argv[0]}: stopped by {signal.Signals(number).name}{advice}", file=sys.stderr)
+        return 128 + number
     return 0
 
 

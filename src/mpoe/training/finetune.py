@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import platform
 import resource
 import statistics
@@ -16,6 +17,7 @@ import accelerate
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from mpoe.models import (
     ParameterCount,
@@ -32,10 +34,12 @@ from mpoe.models.adapter import WEIGHTS_FILE
 from mpoe.nn import Accumulation, RouterStatistics
 from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
+from mpoe.training.checkpoint_files import CheckpointCallback
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
 from mpoe.training.objective import Metrics, Objective
 from mpoe.training.optimizer import TrainedPart, optimizer_for_mpos, trained_parts
 from mpoe.training.run_folder import RunFolder
+from mpoe.training.stop_signals import StopSignals
 from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer
 
 ADAPTER_FOLDER = "adapter"
@@ -130,7 +134,8 @@ def finetune(
         raise ValueError("test_routing shuffles what routers decide; this model has none. Leave it out")
     parts = objective.prepare(model, tokenizer, args)
     timer = StepTimer()
-    callbacks: list[transformers.TrainerCallback] = [timer, DeadExpertWarning()]
+    signals = StopSignals()
+    callbacks: list[transformers.TrainerCallback] = [timer, DeadExpertWarning(), CheckpointCallback(), signals]
     optimizer = mask = None
     if trainable is not None and (trainable.mpo_lr, trainable.auxiliary_weight_decay) != (None, None):
         optimizer = optimizer_for_mpos(model, args, trainable.mpo_lr, trainable.auxiliary_weight_decay)
@@ -142,42 +147,54 @@ def finetune(
     folder.claim()  # only now: wrong input so far has written nothing
     use_cache = getattr(model.config, "use_cache", None)
     trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
-    done = trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
-    if use_cache is not None:
-        model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
-    reset_usage(model)
-    metrics = objective.evaluate(trainer)
-    statistics_of_routers, shuffled = router_statistics(model), None
-    if args.test_routing:
-        with shuffled_routing(model, args.seed):
-            shuffled = objective.evaluate(trainer)
-    adapter_bytes = None
-    if trainable is not None and trainable.freezing().tensor_learn and trainer.is_world_process_zero():
-        adapter_bytes = _save_adapter(model, folder.path / ADAPTER_FOLDER)
-    result = FinetuneResult(
-        tasks=metrics,
-        average=average(metrics),
-        train_loss=mean_loss(trainer.state.log_history),
-        steps=done.global_step,
-        best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
-        seconds_per_step=timer.median,
-        tokens_per_second=timer.tokens_per_second,
-        peak_memory=peak_memory(),
-        parameters=count_parameters(model),
-        trained=trained_parts(model, args.learning_rate, None if trainable is None else trainable.mpo_lr),
-        routers=statistics_of_routers,
-        shuffled=shuffled,
-        gradient_mask=None if mask is None else {"drawn": mask.drawn, "discarded": mask.discarded},
-        adapter_bytes=adapter_bytes,
-        versions={
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-    )
-    folder.save(trainer.save_model, dataclasses.asdict(result))
+    with signals, folder.guard():
+        done = _train(trainer, folder.checkpoint)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
+        reset_usage(model)
+        metrics = objective.evaluate(trainer)
+        statistics_of_routers, shuffled = router_statistics(model), None
+        if args.test_routing:
+            with shuffled_routing(model, args.seed):
+                shuffled = objective.evaluate(trainer)
+        adapter_bytes = None
+        if trainable is not None and trainable.freezing().tensor_learn and trainer.is_world_process_zero():
+            adapter_bytes = _save_adapter(model, folder.path / ADAPTER_FOLDER)
+        result = FinetuneResult(
+            tasks=metrics,
+            average=average(metrics),
+            train_loss=mean_loss(trainer.state.log_history),
+            steps=done.global_step,
+            best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+            seconds_per_step=timer.median,
+            tokens_per_second=timer.tokens_per_second,
+            peak_memory=peak_memory(),
+            parameters=count_parameters(model),
+            trained=trained_parts(model, args.learning_rate, None if trainable is None else trainable.mpo_lr),
+            routers=statistics_of_routers,
+            shuffled=shuffled,
+            gradient_mask=None if mask is None else {"drawn": mask.drawn, "discarded": mask.discarded},
+            adapter_bytes=adapter_bytes,
+            versions={
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+                "accelerate": accelerate.__version__,
+            },
+        )
+        folder.save(trainer.save_model, dataclasses.asdict(result))
     return result
+
+
+def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutput:
+    """Train; on from a checkpoint, whose files are read as numbers and never as code."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoint} must hold the optimizer's and the generators' numbers alone, as this run wrote them; got "
+            f"something else, which was not loaded: {error}"
+        ) from error
 
 
 def average(metrics: Metrics) -> dict[str, float]:

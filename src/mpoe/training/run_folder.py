@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mpoe.files import read_json, write_json
+from mpoe.training.checkpoint_files import finished_checkpoints, last_checkpoint, unfinished_checkpoints
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
-# The Trainer writes this file last, so a checkpoint that has it was written to its end.
-CHECKPOINT_MARK = "trainer_state.json"
+_UNFINISHED = ".saving"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class RunFolder:
             arguments: What the user asked for, JSON-ready.
 
         Raises:
-            ValueError: A file, another run, or a folder of something else.
+            ValueError: A file, another run, a folder of something else, or a last checkpoint that is damaged.
         """
         path = Path(path)
         arguments = json.loads(json.dumps(arguments))
@@ -63,8 +66,9 @@ class RunFolder:
             raise ValueError(
                 f"output_dir {path} holds another run ({changes}); name another folder, or repeat that run"
             )
-        results = read_json(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
-        return cls(path, arguments, last_checkpoint(path), results)
+        if (path / RESULTS_FILE).is_file():
+            return cls(path, arguments, results=read_json(path / RESULTS_FILE))
+        return cls(path, arguments, last_checkpoint(path))
 
     def claim(self) -> None:
         """Take the folder for this run, once everything that can be wrong about a command has been looked at.
@@ -79,6 +83,27 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"output_dir must be writable; {self.path}: {error.strerror}") from error
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Within it, a full disk is one clear error, and what was written in part is deleted.
+
+        Raises:
+            ValueError: The disk is full.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_full_disk(error, self.path):
+                raise
+            for part in (*unfinished_checkpoints(self.path), self.path / _UNFINISHED):
+                shutil.rmtree(part, ignore_errors=True)
+            kept = finished_checkpoints(self.path)
+            then = f"goes on from {kept[0].name}, which is kept" if kept else "starts anew: there was no checkpoint yet"
+            raise ValueError(
+                f"output_dir must have room for checkpoints and the model; the disk of {self.path} is full. Make room, "
+                f"and the same command {then}"
+            ) from error
+
     def save(self, write_model: Callable[[str], None], results: dict[str, Any]) -> None:
         """Write the model's files, then the results; every file appears under its name only when it is complete.
 
@@ -86,7 +111,7 @@ class RunFolder:
             write_model: Writes the files of the model into the folder that it is given.
             results: JSON-ready.
         """
-        unfinished = self.path / ".saving"
+        unfinished = self.path / _UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)
         write_model(str(unfinished))
         for file in unfinished.iterdir():
@@ -95,11 +120,8 @@ class RunFolder:
         write_json(self.path / RESULTS_FILE, results)
 
 
-def last_checkpoint(path: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a folder; None if there is none."""
-    steps = {
-        int(match[1]): folder
-        for folder in path.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / CHECKPOINT_MARK).is_file()
-    }
-    return steps[max(steps)] if steps else None
+def _is_full_disk(error: Exception, path: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has the system's words; torch.save only says that it could not write
+    return "No space left" in str(error) or ("inline_container" in str(error) and shutil.disk_usage(path).free < 2**20)
