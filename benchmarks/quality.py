@@ -59,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these, of the grids that have them")
     parser.add_argument(
-        "--variants", nargs="+", metavar="VARIANT", help="only these; differences are to the first of them"
+        "--variants",
+        nargs="+",
+        metavar="VARIANT",
+        help="only these, of the grids that have them all; differences are to the one that a grid has first",
     )
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, count (default: 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run, count (all cores)")
+    parser.add_argument("--workers", type=_count, default=1, help="runs at a time, count (default: 1)")
+    parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="of each run, count (all cores)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results/quality)")
     args = parser.parse_args(arguments)
     args.table = args.table or args.markdown or args.update is not None
@@ -70,10 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.update is not None and args.variants:
             raise ValueError("--update writes whole tables; leave --variants out")
+        if args.update is not None and not args.update.is_file():
+            raise ValueError(f"--update must be a Markdown file that there is; got {args.update}")
         grids = _chosen({path: Grid.load(path) for path in args.grid}, args.tasks, args.variants)
         paths = _paths(args.path, grids.values(), needed=not args.table)
         if args.table and not any(args.out.glob("*.json")):
             raise ValueError(f"--out must be a folder with results of runs; {args.out} has none")
+        written = 0
         for path, grid in grids.items():
             if not args.table:
                 run_grid(grid, args, paths, console)
@@ -81,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 table = task_table(grid, task, args.out)
                 table.title = f"{path.stem} {task}: test rows"
                 if args.update is not None:
-                    put_table(args.update, f"{path.stem} {task}", table)
+                    written += put_table(args.update, f"{path.stem} {task}", table)
                 else:
                     console.print(f"{table.title}\n\n{markdown(table)}" if args.markdown else table, markup=False)
+        if args.update is not None:
+            if not written:
+                raise ValueError(f"--update: {args.update} has no line <!-- table GRID TASK --> of these grids")
+            console.print(f"{written} tables in {args.update}")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
@@ -104,6 +114,12 @@ def run_grid(grid: Grid, args: argparse.Namespace, paths: Mapping[str, str], con
         _run_all(others, args, paths, console)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a count >= 1; got {text}")
+    return int(text)
+
+
 def _chosen(
     grids: Mapping[Path, Grid], tasks: Sequence[str] | None, variants: Sequence[str] | None
 ) -> dict[Path, Grid]:
@@ -111,7 +127,7 @@ def _chosen(
     for kind, names in (("tasks", tasks), ("variants", variants)):
         there = list(dict.fromkeys(name for grid in grids.values() for name in getattr(grid, kind)))
         if unknown := set(names or ()) - set(there):
-            raise ValueError(f"--{kind} must be of {', '.join(there)}; got {', '.join(sorted(unknown))}")
+            raise ValueError(f"--{kind} must be of {there}; got {sorted(unknown)}")
     chosen = {
         path: dataclasses.replace(
             grid,
@@ -122,11 +138,9 @@ def _chosen(
         )
         for path, grid in grids.items()
     }
-    chosen = {path: grid for path, grid in chosen.items() if grid.tasks and grid.variants}
+    chosen = {path: grid for path, grid in chosen.items() if grid.tasks and set(variants or ()) <= set(grid.variants)}
     if not chosen:
-        raise ValueError(
-            f"no grid has both a task of {', '.join(tasks or ())} and a variant of {', '.join(variants or ())}"
-        )
+        raise ValueError(f"no grid has a task of {tasks} and all variants of {variants}")
     return chosen
 
 

@@ -105,19 +105,23 @@ def _signed(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.4f}{error}"
 
 
-def put_table(path: Path, name: str, table: Table) -> None:
+def put_table(path: Path, name: str, table: Table) -> int:
     """Put a table into a Markdown file, between `<!-- table NAME -->` and `<!-- end -->`, if it has these lines.
 
     Args:
         path: The file.
         name: Of the grid's file and the task: "main cola".
         table: From `task_table`.
+
+    Returns:
+        How often it has them, count.
     """
     before = path.read_text()
     block = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    after = block.sub(lambda found: f"{found[1]}\n{markdown(table)}\n{found[2]}", before)
+    after, count = block.subn(lambda found: f"{found[1]}\n{markdown(table)}\n{found[2]}", before)
     if after != before:
         write_bytes(path, after.encode())
+    return count
 
 
 def markdown(table: Table) -> str:

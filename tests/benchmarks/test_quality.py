@@ -222,10 +222,16 @@ def test_a_wrong_grid_is_said(tmp_path, capsys, changes, message):
             "--path data must be a folder with what the grid",
         ),
         (["grid.yaml", "--table", "--path", "model"], "--path must be NAME=FOLDER, NAME of data, model; got model"),
-        (["grid.yaml", "--tasks", "rte"], "--tasks must be of cola; got rte"),
+        (["grid.yaml", "--tasks", "rte"], "--tasks must be of ['cola']; got ['rte']"),
         (["grid.yaml", "--table", "--out", "nowhere"], "--out must be a folder with results of runs; nowhere has none"),
         (["grid.yaml", "--update", "page.md", "--variants", "dense"], "leave --variants out"),
-        (["grid.yaml", "other.yaml", "--tasks", "other", "--variants", "dense"], "both a task of other and a variant"),
+        (["grid.yaml", "--update", "page.md"], "--update must be a Markdown file that there is; got page.md"),
+        (["grid.yaml", "--update", "notes.txt", "--out", "."], "notes.txt has no line <!-- table GRID TASK -->"),
+        (["grid.yaml", "--workers", "0"], "argument --workers: must be a count >= 1; got 0"),
+        (
+            ["grid.yaml", "other.yaml", "--tasks", "other", "--variants", "dense"],
+            "a task of ['other'] and all variants of ['dense']",
+        ),
     ],
 )
 def test_what_a_grid_needs_is_said(tmp_path, monkeypatch, capsys, arguments, message):
@@ -233,6 +239,7 @@ def test_what_a_grid_needs_is_said(tmp_path, monkeypatch, capsys, arguments, mes
     write_grid(tmp_path, tasks={"other": {"tasks": ["cola"]}}, variants={"mixture": {}}).rename("other.yaml")
     write_grid(tmp_path)
     (tmp_path / "notes.txt").write_text("a: [")
+    (tmp_path / "result.json").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
         quality.main(arguments)
     assert stopped.value.code == 2

@@ -32,7 +32,7 @@ from mpoe.training.data_arguments import (
 )
 from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune
 from mpoe.training.language_modeling import CausalLM
-from mpoe.training.load import load_model, mixture_changes
+from mpoe.training.load import load_model, mixture_changes, whole_weights
 from mpoe.training.objective import DEFAULTS, Objective
 from mpoe.training.optimizer import trained_parts
 from mpoe.training.run_folder import RunFolder
@@ -40,7 +40,10 @@ from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.text_to_text import TextToText
 
 # They change what is shown or where, not what is computed: not part of "the same command".
-_NOT_OF_THE_RUN = {"output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint"}
+_NOT_OF_THE_RUN = {
+    "output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
 # Flags with the reference's names, and the fields of `MPOEConfig` that they set.
 _FIELDS = {
     "linear_trunc": "max_bond_dim",
@@ -72,7 +75,9 @@ def run(argv: Sequence[str]) -> FinetuneResult:
         if name not in asked:
             setattr(args, name, value)
     identity = {k: v for k, v in without_defaults(types, given).items() if k not in _NOT_OF_THE_RUN}
-    console = Console()
+    # How the rows of a step are cut is not what is computed either, so that a run may move to more or fewer processes.
+    identity["rows_a_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    console = Console(quiet=args.process_index > 0)
     folder = RunFolder.open(args.output_dir, identity)
     if folder.results is not None:
         console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
@@ -97,7 +102,8 @@ def _finetune(
     objective = _objective(data_args, corpus_args, tasks, args.seed, console)
     set_seed(args.seed)
     console.print(f"Loading {model_args.model_name_or_path} ...")
-    model, tokenizer = load_model(model_args, config, trainable, objective.auto_class, objective.model_options)
+    with whole_weights(args):
+        model, tokenizer = load_model(model_args, config, trainable, objective.auto_class, objective.model_options)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             f"model_name_or_path must be a model in floating point; the weights of {model_args.model_name_or_path} are "

@@ -13,6 +13,7 @@ from mpoe.models.inspect import (
     mpo_experts,
     reset_usage,
     router_statistics,
+    sum_usage,
 )
 from mpoe.models.matrices import set_compute
 from mpoe.models.merge import merge
@@ -47,6 +48,7 @@ __all__ = [
     "set_adapter",
     "set_compute",
     "shuffled_routing",
+    "sum_usage",
     "take_router_loss",
     "upcycle",
 ]

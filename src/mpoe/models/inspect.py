@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -150,6 +151,18 @@ def component_modules(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]
         elif isinstance(module, MPOLinear):
             found.setdefault("attention", {})[name] = module
     return found
+
+
+def sum_usage(model: nn.Module) -> None:
+    """Count the tokens of all processes of a distributed run, in each of them; nothing to do in a single one.
+
+    Args:
+        model: A mixture, the same one in every process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for layer in mixtures(model).values():
+            if layer.usage is not None:
+                layer.usage.sum_over_processes()
 
 
 def reset_usage(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class RouterUsage:
         self.dropped.add_(route.dropped)
         self.probability.add_(probabilities.sum(dim=0))
         self.entropy.add_(torch.special.entr(probabilities).sum())
+
+    def sum_over_processes(self) -> None:
+        """Add what the other processes of a distributed run have counted; all of them have to call it."""
+        for count in vars(self).values():
+            dist.all_reduce(count)
 
     def statistics(self) -> RouterStatistics:
         """Shares and means, as plain numbers."""

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -89,8 +90,11 @@ class CheckpointCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer once a checkpoint is written."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Called by the Trainer once a checkpoint is written; every process has a file of its own in it."""
+        if dist.is_initialized():
+            dist.barrier()
+        if args.should_save:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -16,12 +16,14 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from mpoe.models import (
     ParameterCount,
     count_parameters,
+    mixtures,
     mpo_experts,
     mpoe_config,
     reset_usage,
@@ -29,6 +31,7 @@ from mpoe.models import (
     routers,
     save_adapter,
     shuffled_routing,
+    sum_usage,
 )
 from mpoe.models.adapter import WEIGHTS_FILE
 from mpoe.nn import Accumulation, RouterStatistics
@@ -132,6 +135,11 @@ def finetune(
     """
     if args.test_routing and not routers(model):
         raise ValueError("test_routing shuffles what routers decide; this model has none. Leave it out")
+    if args.fsdp and accelerate.PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"fsdp needs several processes with an accelerator each; got {args.world_size} on the {args.device.type}. "
+            "Start them with torchrun or accelerate launch, or leave fsdp out"
+        )
     parts = objective.prepare(model, tokenizer, args)
     timer = StepTimer()
     signals = StopSignals()
@@ -140,12 +148,26 @@ def finetune(
     if trainable is not None and (trainable.mpo_lr, trainable.auxiliary_weight_decay) != (None, None):
         optimizer = optimizer_for_mpos(model, args, trainable.mpo_lr, trainable.auxiliary_weight_decay)
     if trainable is not None and 0 < trainable.gradient_mask_prob < 1:
+        if args.deepspeed:
+            raise ValueError("gradient_mask_prob is for torch's optimizers; leave it out, or shard with fsdp instead")
         mask = GradientMask(model, trainable.gradient_mask_prob, trainable.gradient_mask_level, args.seed)
         callbacks.append(GradientMaskCallback(mask))
-    if args.gradient_accumulation_steps > 1 and (accumulation := _accumulation(model)) is not None:
+    accumulates = args.gradient_accumulation_steps > 1 and args.world_size == 1
+    if accumulates and (accumulation := _accumulation(model)) is not None:
         callbacks.append(AccumulationCallback(accumulation))
-    folder.claim()  # only now: wrong input so far has written nothing
+    accelerate.PartialState().wait_for_everyone()  # every process has looked at the folder
+    if args.process_index == 0:
+        folder.claim()  # only now: wrong input so far has written nothing
     use_cache = getattr(model.config, "use_cache", None)
+    # before DeepSpeed has taken them apart
+    parameters = count_parameters(model)
+    trained = trained_parts(model, args.learning_rate, None if trainable is None else trainable.mpo_lr)
+    if args.deepspeed:
+        _tell_deepspeed_of_routers(model)
+    if args.fsdp:
+        # T5's stacks have word embeddings of their own with the same weight. Accelerate shards the model's apart from
+        # the rest, and finds that weight twice unless they are one module.
+        model.set_input_embeddings(model.get_input_embeddings())
     trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
     with signals, folder.guard():
         done = _train(trainer, folder.checkpoint)
@@ -153,6 +175,7 @@ def finetune(
             model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
         reset_usage(model)
         metrics = objective.evaluate(trainer)
+        sum_usage(model)
         statistics_of_routers, shuffled = router_statistics(model), None
         if args.test_routing:
             with shuffled_routing(model, args.seed):
@@ -169,8 +192,8 @@ def finetune(
             seconds_per_step=timer.median,
             tokens_per_second=timer.tokens_per_second,
             peak_memory=peak_memory(),
-            parameters=count_parameters(model),
-            trained=trained_parts(model, args.learning_rate, None if trainable is None else trainable.mpo_lr),
+            parameters=parameters,
+            trained=trained,
             routers=statistics_of_routers,
             shuffled=shuffled,
             gradient_mask=None if mask is None else {"drawn": mask.drawn, "discarded": mask.discarded},
@@ -182,8 +205,20 @@ def finetune(
                 "accelerate": accelerate.__version__,
             },
         )
-        folder.save(trainer.save_model, dataclasses.asdict(result))
+        folder.save(trainer.save_model, dataclasses.asdict(result), args.process_index == 0)
     return result
+
+
+def _tell_deepspeed_of_routers(model: PreTrainedModel) -> None:
+    """ZeRO-3 gathers a module's weights for its backward when it sees the module's output, which has to be a tensor.
+
+    A router's is not, so that its weights are to be gathered with the layer's.
+    """
+    import deepspeed  # pyright: ignore[reportMissingImports]  # who passes its config has it
+
+    for layer in mixtures(model).values():
+        for parameter in layer.router.parameters() if layer.router is not None else ():
+            deepspeed.zero.register_external_parameter(layer, parameter)
 
 
 def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutput:

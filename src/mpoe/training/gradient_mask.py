@@ -58,8 +58,9 @@ class GradientMask:
             raise ValueError(f"gradient_mask_prob must be in [0, 1]; got {prob}")
         if level not in LEVELS:
             raise ValueError(f"gradient_mask_level must be one of {LEVELS}; got {level!r}")
-        self.central = [e.central for e in mpo_experts(model).values() if e.central.requires_grad]
-        if prob and not self.central:
+        # The modules and not their tensors: sharding a model puts others in their place.
+        self._masked = [experts for experts in mpo_experts(model).values() if experts.central.requires_grad]
+        if prob and not self._masked:
             raise ValueError(
                 "a gradient mask needs a central tensor that trains; the model has none. Leave gradient_mask_prob out, "
                 "or let mpo_layers and update_mpo_layer give it some"
@@ -70,6 +71,11 @@ class GradientMask:
         self.drawn = 0
         self.discarded = 0
         self._kept: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+
+    @property
+    def central(self) -> list[Tensor]:
+        """The central tensors that are masked."""
+        return [experts.central for experts in self._masked]
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Draw the masks of a step; to be called after clipping, right before `optimizer.step()`.

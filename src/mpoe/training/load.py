@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import deepspeed
 
 from mpoe.config import MPOEConfig
 from mpoe.models import (
@@ -77,6 +79,25 @@ def load_model(
     if freezing is not None:
         freezing.apply(model)
     return model, tokenizer
+
+
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Within it, models are loaded whole, though DeepSpeed's ZeRO-3 is to train them.
+
+    Transformers would load them in parts, and upcycling reads whole matrices. DeepSpeed parts them as training begins.
+
+    Args:
+        args: The Trainer's.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:
+        deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 @torch.no_grad()

@@ -104,16 +104,20 @@ class RunFolder:
                 f"and the same command {then}"
             ) from error
 
-    def save(self, write_model: Callable[[str], None], results: dict[str, Any]) -> None:
+    def save(self, write_model: Callable[[str], None], results: dict[str, Any], is_main: bool = True) -> None:
         """Write the model's files, then the results; every file appears under its name only when it is complete.
 
         Args:
             write_model: Writes the files of the model into the folder that it is given.
             results: JSON-ready.
+            is_main: Whether this process writes them; of a distributed run, one does. All of them have to call this.
         """
         unfinished = self.path / _UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
         write_model(str(unfinished))
+        if not is_main:
+            return
         for file in unfinished.iterdir():
             file.replace(self.path / file.name)
         unfinished.rmdir()

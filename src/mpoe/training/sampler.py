@@ -22,7 +22,7 @@ class TaskMixture(torch.utils.data.Dataset):
 
     Args:
         tasks: Rows by task, at least one row each.
-        batch_size: Rows of a block, count: those of one step on all devices together.
+        batch_size: Rows of a block, count: those of one step, of all devices and micro-batches together.
         temperature: 1 draws in proportion to the rows, large values draw all tasks alike, > 0.
         seed: >= 0.
 

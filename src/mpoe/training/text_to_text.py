@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -210,6 +211,9 @@ def evaluate(trainer: Trainer, rows: Dataset, task: Task, tokenizer: PreTrainedT
     args = cast(FinetuneTrainingArguments, trainer.args)
     options = {"max_length": args.generation_max_length, "num_beams": args.generation_num_beams}
     options = {name: value for name, value in options.items() if value is not None}
+    is_sharded = isinstance(trainer.model, FSDPModule)
+    if is_sharded:
+        options["synced_gpus"] = True  # a process whose answers are finished takes part in gathering for the others
 
     def gathered(tokens_or_nll: Tensor) -> NDArray[Any]:
         padded = trainer.accelerator.pad_across_processes(tokens_or_nll, dim=1, pad_index=IGNORED)
@@ -217,9 +221,11 @@ def evaluate(trainer: Trainer, rows: Dataset, task: Task, tokenizer: PreTrainedT
 
     parts = []
     batches = trainer.get_test_dataloader(rows)  # pyright: ignore[reportArgumentType]
-    for batch in tqdm(batches, desc=f"Evaluating {task.name}", disable=args.disable_tqdm):
+    for batch in tqdm(batches, desc=f"Evaluating {task.name}", disable=args.disable_tqdm or args.process_index > 0):
         batch = trainer._prepare_inputs(batch)
         inputs = {"attention_mask": batch["attention_mask"]}
+        if is_sharded:
+            model.unshard()  # what only a call of the whole model would gather
         with trainer.accelerator.autocast():  # in the precision of training, which the encoder alone knows nothing of
             inputs["encoder_outputs"] = model.get_encoder()(input_ids=batch["input_ids"], **inputs)
             logits = model(**inputs, labels=batch["labels"]).logits.float().transpose(1, 2)
@@ -244,4 +250,5 @@ def _training_set(train: Mapping[str, Any], args: FinetuneTrainingArguments, tem
             f"{args.train_sampling_strategy!r}"
         )
     args.train_sampling_strategy = "sequential"  # the order is the mixture's own
-    return TaskMixture(train, args.train_batch_size * args.world_size, temperature, args.seed)
+    rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return TaskMixture(train, rows_a_step, temperature, args.seed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from mpoe.models import expert_shares, reset_usage, routers, take_router_loss
+from mpoe.models import expert_shares, reset_usage, routers, sum_usage, take_router_loss
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.objective import TrainerParts
 
@@ -147,12 +147,13 @@ class DeadExpertWarning(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer, before it evaluates."""
         model = kwargs["model"]
+        sum_usage(model)
         dead = {
             name: [e for e, share in enumerate(shares) if share < DEAD_SHARE]
             for name, shares in expert_shares(model).items()
         }
         count = sum(len(experts) for experts in dead.values())
-        if count:
+        if count and state.is_world_process_zero:
             total = sum(router.num_experts for router in routers(model).values())
             worst = max(dead, key=lambda name: len(dead[name]))
             warnings.warn(
