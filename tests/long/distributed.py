@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,11 @@ FLAGS = (
 LAYOUTS = {"separable": [], "balanced": ["--layout", "balanced"]}
 SHARDED = ["--fsdp", "--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": ["T5Block"]})]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# "multi_gpu" is Accelerate's word for processes on one machine; --use_cpu puts them on the CPU.
+ACCELERATE = (
+    f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no"
+).split()
 ZERO_3 = ["--deepspeed", str(Path(__file__).parents[2] / "configs" / "deepspeed_zero3.json")]
 _CHILD = """
 import os, signal, sys
@@ -110,6 +115,8 @@ def _cases(console: Console) -> Iterator[tuple[str, float, str]]:
     one, two = _one("one-tasks", tasks), _two("two-tasks", tasks)
     yield "two tasks by temperature, DDP", _difference(one, two), _same_results(one, two)
     one = Path("one-separable")
+    launched = _two("launched", ["--tasks", "cola"], launcher=ACCELERATE)
+    yield "accelerate launch, DDP", _difference(one, launched), _same_results(one, launched)
     yield "SIGTERM to both, then again", _difference(one, _stopped("stopped", ["--tasks", "cola"])), "saved at one step"
     for layout in LAYOUTS:
         done = subprocess.run(
@@ -127,14 +134,18 @@ def _one(out: str, flags: list[str], killed_after: int = 0) -> Path:
     return Path(out)
 
 
-def _two(out: str, flags: list[str], how: str = "whole", killed_after: int = 0) -> Path:
-    done = subprocess.run(_of_two(out, flags, how, killed_after), capture_output=True, text=True, check=False)
+def _two(
+    out: str, flags: list[str], how: str = "whole", killed_after: int = 0, launcher: Sequence[str] = TORCHRUN
+) -> Path:
+    done = subprocess.run(_of_two(out, flags, how, killed_after, launcher), capture_output=True, text=True, check=False)
     _check(done, killed=bool(killed_after))
     return Path(out)
 
 
-def _of_two(out: str, flags: list[str], how: str = "whole", killed_after: int = 0) -> list[str]:
-    return [*TORCHRUN, "child.py", how, str(killed_after), *FLAGS, *flags, "--output_dir", out]
+def _of_two(
+    out: str, flags: list[str], how: str = "whole", killed_after: int = 0, launcher: Sequence[str] = TORCHRUN
+) -> list[str]:
+    return [*launcher, "child.py", how, str(killed_after), *FLAGS, *flags, "--output_dir", out]
 
 
 def _stopped(out: str, flags: list[str]) -> Path:
