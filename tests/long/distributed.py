@@ -38,8 +38,8 @@ SHARDED = ["--fsdp", "--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # "multi_gpu" is Accelerate's word for processes on one machine; --use_cpu puts them on the CPU.
 ACCELERATE = (
-    f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no"
+    f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no"
 ).split()
 ZERO_3 = ["--deepspeed", str(Path(__file__).parents[2] / "configs" / "deepspeed_zero3.json")]
 _CHILD = """
