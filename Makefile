@@ -1,4 +1,4 @@
-# make demo | test | check | chaos | distributed | bench | clean | help. The first of them to run makes .venv; after that none needs the
+# make demo | test | check | oldest | chaos | distributed | soak | bench | clean | help. The first of them to run makes .venv; after that none needs the
 # network, but for what `mpoe demo` itself downloads once.
 
 PYTHON ?= python3
@@ -19,14 +19,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check chaos distributed bench clean
+.PHONY: help demo test check oldest chaos distributed soak bench clean
 
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
 	@echo "make check   ruff, pyright, import-linter, dependency pins"
+	@echo "make oldest  the tests with the oldest versions that we promise   (ARGS='tests/training')"
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
+	@echo "make soak    train and answer for an hour: does anything grow?    (ARGS='--minutes 10')"
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
 	@echo "The first run makes .venv (some minutes). PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip."
@@ -51,6 +53,10 @@ check: $(READY)
 	@echo "check: pip check"
 	@$(BIN)/python -m pip check
 
+oldest: $(READY)
+	@echo "oldest: running pytest $(ARGS) with constraints-oldest.txt"
+	@$(BIN)/nox -s oldest -- $(ARGS)
+
 chaos: $(READY)
 	@echo "chaos: killing, damaging and filling (tests/long/chaos.py $(ARGS)); some minutes"
 	@$(BIN)/python tests/long/chaos.py $(ARGS)
@@ -58,6 +64,10 @@ chaos: $(READY)
 distributed: $(READY)
 	@echo "distributed: two processes beside one (tests/long/distributed.py)"
 	@$(BIN)/python tests/long/distributed.py
+
+soak: $(READY)
+	@echo "soak: looking for growth (tests/long/soak.py $(ARGS))"
+	@$(BIN)/python tests/long/soak.py $(ARGS)
 
 # All of them run, whatever becomes of the others.
 bench: $(READY)
@@ -69,7 +79,7 @@ bench: $(READY)
 
 clean:
 	@echo "clean: deleting .venv, caches and build output"
-	@rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	@rm -rf $(VENV) .nox build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
 	@find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last and removed first, so that a set-up cut short starts again from an empty .venv.
