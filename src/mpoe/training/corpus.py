@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from mpoe.printable import printable
 from mpoe.training.data_arguments import CorpusArguments
 
 PIECE = 2**16  # characters that are tokenised in one go
@@ -140,7 +141,7 @@ def tokenize_text(
         return cast(Any, tokenizer)("".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
 
     parts, words, count = [np.empty(0, dtype=np.int32)], 0, 0
-    with tqdm(desc=f"Tokenizing {text.name}", unit=" tokens", disable=disable_tqdm) as bar:
+    with tqdm(desc=f"Tokenizing {printable(text.name)}", unit=" tokens", disable=disable_tqdm) as bar:
         for lines in _pieces(text.lines()):
             ids = encode(lines)
             is_last = max_tokens is not None and count + len(ids) > max_tokens
