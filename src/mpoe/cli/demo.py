@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
+import subprocess  # nosec B404  # for this interpreter alone
 import sys
 import time
 from collections.abc import Sequence
@@ -195,5 +195,5 @@ def _label_in_new_process(console: PlainConsole, task: Task, model_dir: Path) ->
         return
     console.print(f"Loading {model_dir} in a new process:")
     command = [sys.executable, "-m", "mpoe.cli.main", "predict", str(model_dir), "--task", task.name, *SENTENCES]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True)  # nosec B603  # a list of words, no shell
     console.print(f"\nThe same by hand: mpoe predict {model_dir} --task {task.name} 'Your own sentence.'")

@@ -93,7 +93,7 @@ def _save(model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
 
 def _table(model: PreTrainedModel, stored: int) -> Table:
     config, count = mpoe_config(model), count_parameters(model)
-    assert config is not None
+    assert config is not None  # nosec B101  # for the type checker: it was just imported as one
     table = Table(title="Imported", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

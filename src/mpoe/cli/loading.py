@@ -44,7 +44,7 @@ def kind_of(path: str) -> Kind:
     """
     base = _base(path)
     with clear_load_errors(base):
-        config = AutoConfig.from_pretrained(base, **NO_CODE)
+        config = AutoConfig.from_pretrained(base, **NO_CODE)  # nosec B615  # the revision is the user's choice; no code
     architectures = config.architectures or []
     if is_adapter(path) and (architecture := adapted_model(path).architecture):
         architectures = [architecture]

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> dict[str, float]:
     config = mixture_args.mpoe_config(arguments.num_experts, arguments.seed) if asked else None
     corpus = Corpus.open(corpus_args)
     text = corpus.test or corpus.validation or corpus.train
-    assert text is not None
+    assert text is not None  # nosec B101  # for the type checker: checked above
     console = PlainConsole()
     set_seed(arguments.seed)
     console.print(f"Loading {arguments.model_name_or_path} ...")

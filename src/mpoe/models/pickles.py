@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403  # for its error alone
 from pathlib import Path
 
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import pickle  # nosec B403  # for its error alone
 import platform
 import resource
 import statistics
