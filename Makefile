@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOG := $(VENV)/install.log
+# It notes every line of a statement with a `nosec` that found nothing in it.
+BANDIT_LOG := $(VENV)/bandit.log
 
 # pyright's wrapper asks PyPI for a newer release, and can fetch Node and its own JavaScript. The nodejs wheel and the
 # bundled copy make both needless; should it fetch after all, it does so at set-up, and into .venv.
@@ -24,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
-	@echo "make check   ruff, pyright, import-linter, dependency pins"
+	@echo "make check   ruff, pyright, import-linter, bandit, dependency pins and their advisories"
 	@echo "make oldest  the tests with the oldest versions that we promise   (ARGS='tests/training')"
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
@@ -52,6 +54,10 @@ check: $(READY)
 	@$(BIN)/lint-imports
 	@echo "check: pip check"
 	@$(BIN)/python -m pip check
+	@echo "check: bandit"
+	@$(BIN)/bandit --quiet --recursive src scripts 2>$(BANDIT_LOG) || { cat $(BANDIT_LOG) >&2; exit 1; }
+	@echo "check: pip-audit (skipped without a network)"
+	@$(BIN)/python scripts/audit.py
 
 oldest: $(READY)
 	@echo "oldest: running pytest $(ARGS) with constraints-oldest.txt"

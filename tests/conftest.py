@@ -36,6 +36,8 @@ import numpy as np
 import pytest
 import torch
 
+from tiny import tiny_t5, tiny_tokenizer, write_cola, write_sentiment
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -66,3 +68,13 @@ def _seed(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def ground(tmp_path, monkeypatch):
+    """A folder with a model and data, and the working directory of a test."""
+    monkeypatch.chdir(tmp_path)
+    tiny_t5().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    write_cola(write_sentiment(tmp_path / "data"))
+    return tmp_path

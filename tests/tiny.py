@@ -20,7 +20,7 @@ FLAGS = (
     "--model_name_or_path model --task sentiment --data_dir data --output_dir run --num_experts 2 --use_cpu "
     "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --disable_tqdm True --logging_steps 2"
 ).split()
-"""`mpoe finetune` on the folder of tests/cli/conftest.py."""
+"""`mpoe finetune` in the folder `ground` of tests/conftest.py."""
 
 
 _KILL = """

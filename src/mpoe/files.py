@@ -37,6 +37,19 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def is_file_name(name: object, deep: bool = False) -> bool:
+    """Whether something that a file says is the name of a file below a folder, and leads to no other place.
+
+    Args:
+        name: What the file says.
+        deep: Whether it may be in a folder there.
+    """
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    parts = name.split("/")
+    return (deep or len(parts) == 1) and not {"", ".", ".."} & set(parts)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that this library wrote.
 

@@ -1,12 +1,12 @@
 """Files of reference checkpoints: their forms, damaged ones, and pickles that ask for code."""
 
 import math
-import os
 
 import pytest
 import safetensors.torch
 import torch
 
+from hostile import Plant
 from mpoe.models import mixtures
 from mpoe.models.reference import import_reference, read_checkpoint
 from reference_checkpoint import base, write
@@ -45,16 +45,6 @@ def test_other_forms_of_the_same_checkpoint(tmp_path, wrapper):
     torch.save(forms, path)
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight must equal shared\.weight"):
         read_checkpoint(path)
-
-
-class Plant:
-    """A pickle that makes a folder when its code is executed."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

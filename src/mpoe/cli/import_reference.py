@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts,
 from mpoe.models.checkpoint import has_tokenizer
 from mpoe.models.families import T5_SIZES
 from mpoe.models.reference import ORIENTATIONS, import_reference, read_checkpoint
+from mpoe.report import PlainConsole
 
 
 def run(argv: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     base = str(args.checkpoint.parent) if args.config is None else args.config
     _check_free(args.output_dir)
     config = read_config(base)
-    console = Console()
+    console = PlainConsole()
     console.print(f"Reading {args.checkpoint} ...")  # gigabytes take a while
     tensors = read_checkpoint(args.checkpoint)
     console.print(f"Importing {len(tensors):,} tensors ...")
@@ -93,7 +93,7 @@ def _save(model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
 
 def _table(model: PreTrainedModel, stored: int) -> Table:
     config, count = mpoe_config(model), count_parameters(model)
-    assert config is not None
+    assert config is not None  # nosec B101  # for the type checker: it was just imported as one
     table = Table(title="Imported", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

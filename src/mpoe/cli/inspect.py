@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
-from mpoe.models import clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
+from mpoe.models import NO_CODE, class_of, clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
 from mpoe.models.families import T5_SIZES
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo.machine import machine_of
 from mpoe.nn import MPOExperts
-from mpoe.report import parameter_table
+from mpoe.report import PlainConsole, parameter_table
 from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
 from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table
 from mpoe.report.scaling import Hardware, Step
@@ -77,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
         columns = {"saved mixture": MPOEConfig.from_dict(saved)}
     else:
         columns = {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
-    console = Console()
+    console = PlainConsole()
     if args.plan is None and args.scale is None:
         _print_parameters(console, args.config, config, columns)
         return
@@ -120,7 +118,7 @@ def _scale_tables(
 
 
 def _print_parameters(
-    console: Console, name: str, config: PreTrainedConfig, columns: Mapping[str, MPOEConfig | None]
+    console: PlainConsole, name: str, config: PreTrainedConfig, columns: Mapping[str, MPOEConfig | None]
 ) -> None:
     models = {column: _on_meta(config, mixture) for column, mixture in {"dense": None, **columns}.items()}
     console.print(parameter_table({column: count_parameters(m) for column, m in models.items()}, f"{name}, millions"))
@@ -169,7 +167,7 @@ def _on_meta(config: PreTrainedConfig, mixture: MPOEConfig | None) -> PreTrained
 
 def _dense(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of the class that its config names, or else with a language-model head; with random weights."""
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = class_of(config)
     if architecture is not None:
         return architecture(config)
-    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config, **NO_CODE)

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from mpoe.models import clear_load_errors, load_adapter, load_tokenizer
+from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_tokenizer
 from mpoe.models.adapter import adapted_model, is_adapter
 from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 
@@ -44,7 +44,7 @@ def kind_of(path: str) -> Kind:
     """
     base = _base(path)
     with clear_load_errors(base):
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, **NO_CODE)  # nosec B615  # the revision is the user's choice; no code
     architectures = config.architectures or []
     if is_adapter(path) and (architecture := adapted_model(path).architecture):
         architectures = [architecture]
@@ -72,7 +72,7 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     kind, base = kind_of(path), _base(path)
     head = adapted_model(path).head if is_adapter(path) and kind == "classification" else {}
     with clear_load_errors(base):
-        model: PreTrainedModel = _CLASSES[kind][0].from_pretrained(base, **head)
+        model: PreTrainedModel = _CLASSES[kind][0].from_pretrained(base, **NO_CODE, **head)
     if is_adapter(path):
         load_adapter(model, path)
     tokenizer = load_tokenizer(base)

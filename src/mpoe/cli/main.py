@@ -10,6 +10,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from mpoe.printable import printable
+
 COMMANDS = {
     "compare": "put finished runs into one table: mpoe compare runs/dense runs/mpoe",
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
@@ -75,11 +77,13 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is our error line
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.showwarning = lambda message, category, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, category, *_: print(
+        printable(f"warning: {message}", keep="\n\t"), file=sys.stderr
+    )
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 

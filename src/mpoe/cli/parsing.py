@@ -26,7 +26,7 @@ WITHOUT_EFFECT = {
     "split_validation_test": "validation and test rows are always kept apart",
     "val_max_target_length": "answers may be as long as the longest target; generation_max_length is another limit",
     "test_max_target_length": "answers may be as long as the longest target; generation_max_length is another limit",
-    "ignore_pad_token_for_loss": "padding never counts in the loss",
+    "ignore_pad_token_for_loss": "padding never counts in the loss",  # nosec B105  # a flag's name
     "compute_time": "time, memory and parameters are always reported",
     "compute_memory": "time, memory and parameters are always reported",
     "print_num_parameters": "time, memory and parameters are always reported",

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from transformers import AutoModelForCausalLM, set_seed
 
 from mpoe.cli.parsing import parse
 from mpoe.files import write_json
 from mpoe.models import is_upcycled, upcycle
-from mpoe.report import metrics_table
+from mpoe.report import PlainConsole, metrics_table
 from mpoe.training.arguments import MixtureArguments, ModelArguments
 from mpoe.training.corpus import Corpus, bos_of, tokenize_text
 from mpoe.training.data_arguments import CorpusArguments
@@ -68,8 +67,8 @@ def run(argv: Sequence[str]) -> dict[str, float]:
     config = mixture_args.mpoe_config(arguments.num_experts, arguments.seed) if asked else None
     corpus = Corpus.open(corpus_args)
     text = corpus.test or corpus.validation or corpus.train
-    assert text is not None
-    console = Console()
+    assert text is not None  # nosec B101  # for the type checker: checked above
+    console = PlainConsole()
     set_seed(arguments.seed)
     console.print(f"Loading {arguments.model_name_or_path} ...")
     model, tokenizer = load_model(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpoe.cli.loading import kind_of, load_finished
 from mpoe.cli.parsing import raise_error
+from mpoe.printable import printable
 from mpoe.training.tasks import get_task
 
 
@@ -50,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
     sources = questions if args.task is None else [(_source(args.task, text),) for (text,) in questions]
     model, tokenizer = load_finished(args.model)
     for question, reply in zip(questions, answer(model, tokenizer, sources), strict=True):
-        print("\t".join([reply, *question]))
+        print("\t".join(map(printable, [reply, *question])))
 
 
 def _source(name: str, text: str) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mpoe.cli.parsing import raise_error
 from mpoe.files import write_json
+from mpoe.printable import printable
+from mpoe.report import PlainConsole
 from mpoe.training.text_metrics import TextScores, score_samples
 
 _SIZES = {"reference_size": 1000, "self_bleu_size": 500}
@@ -114,10 +115,10 @@ def score(
         ValueError: Too few samples, a file that cannot be written.
     """
     scores = score_samples(samples, references, args.reference_size, args.self_bleu_size, args.seed)
-    Console().print(_score_table(scores))
+    PlainConsole().print(_score_table(scores))
     if args.metrics is not None:
         write_json(Path(args.metrics), {**scores.to_dict(), "reference_file": args.reference, **origin})
-        print(f"written to {args.metrics}")
+        print(printable(f"written to {args.metrics}"))
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Everything about Transformers models: where their parts are, upcycling, saving and loading."""
 
 from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
-from mpoe.models.checkpoint import clear_load_errors, from_pretrained, load_tokenizer, read_config
+from mpoe.models.checkpoint import NO_CODE, class_of, clear_load_errors, from_pretrained, load_tokenizer, read_config
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_feed_forwards
 from mpoe.models.inspect import (
@@ -24,8 +24,10 @@ from mpoe.models.upcycle import upcycle
 
 __all__ = [
     "FAMILIES",
+    "NO_CODE",
     "ParameterCount",
     "active_adapter",
+    "class_of",
     "clear_load_errors",
     "component_modules",
     "count_parameters",

@@ -7,6 +7,7 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
+import pickle  # nosec B403  # for its error alone
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpoe.config import MPOEConfig
+from mpoe.files import is_file_name, read_json
 from mpoe.models.families import T5_SIZES
+from mpoe.models.pickles import REASON, find_refused
 from mpoe.models.upcycle import swap_modules, upcycle
 
 TOKENIZER_FILES = (
     "tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
+
+NO_CODE = {"trust_remote_code": False}
+"""For every loader of Transformers: left out, it asks on the terminal whether to execute a model's own code."""
 
 
 @register_quantization_config(MPOEConfig.quant_method)
@@ -100,17 +106,31 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: Not a folder or hub name with a config, or the config of something else than a mixture.
     """
-    hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    kwargs = {**NO_CODE, **kwargs}
     with clear_load_errors(path):
-        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
+        asked = {name: kwargs[name] for name in hub_options if name in kwargs}
+        config = AutoConfig.from_pretrained(path, **asked)  # nosec B615  # the revision is the user's choice
     written = getattr(config, "quantization_config", None) or {}
-    if written.get("quant_method") != MPOEConfig.quant_method or not config.architectures:
+    model_class = class_of(config)
+    if written.get("quant_method") != MPOEConfig.quant_method or model_class is None:
         raise ValueError(
-            f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
-            "is loaded with Transformers and turned into one with mpoe.upcycle"
+            f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe', or no "
+            "model of Transformers under architectures. A dense model is loaded with Transformers and turned into one "
+            "with mpoe.upcycle"
         )
     with clear_load_errors(path):
-        return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+        return model_class.from_pretrained(path, **kwargs)
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a config names; None if it names none, or what is no model of Transformers.
+
+    Args:
+        config: Of a file that anybody may have written.
+    """
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -123,9 +143,10 @@ def read_config(name: str) -> PreTrainedConfig:
         ValueError: None of these.
     """
     if name in T5_SIZES and not Path(name).exists():
-        return T5Config.from_dict({"vocab_size": 32128, "decoder_start_token_id": 0, **T5_SIZES[name]})
+        values = {"vocab_size": 32128, "decoder_start_token_id": 0}  # nosec B105  # a token of text
+        return T5Config.from_dict({**values, **T5_SIZES[name]})
     with clear_load_errors(name):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, **NO_CODE)  # nosec B615  # the revision is the user's choice
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -152,7 +173,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "these: write it there with tokenizer.save_pretrained"
         )
     with clear_load_errors(path):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)  # nosec B615  # the revision is the user's choice
 
 
 @contextmanager
@@ -168,13 +189,30 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
             f"{name} must be a folder with a config.json; there is no such folder (a name on the hub has the form "
             "owner/model)"
         )
+    _check_shards(Path(path))
     try:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} must be complete and undamaged; {error}: copy them again") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"the weights in {find_refused(path) or path} must be numbers alone; {REASON}: convert them to safetensors "
+            "where they come from, or name another model"
+        ) from error
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):  # Transformers' own text says how to execute it
+            reason = "this one is code of its own, beside its weights, and mpoe executes none"
         raise ValueError(
             f"{path} must be a folder with a config.json and a complete Transformers model of the right kind, or the "
             f"name of one on a hub that can be reached; {reason}"
         ) from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuse an index of weights that names files outside of its folder."""
+    for index in sorted(folder.glob("*.index.json")):
+        shards = read_json(index).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else {None}
+        if odd := [name for name in names if not is_file_name(name)]:
+            raise ValueError(f"{index} must name files of its own folder; got {odd[0]!r}: copy the model again")

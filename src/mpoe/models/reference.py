@@ -310,5 +310,9 @@ def _load(config: PreTrainedConfig, mixture: MPOEConfig, state: dict[str, Tensor
     model, info = cast(Any, T5ForConditionalGeneration).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    assert not any(info.values()), info
+    if any(info.values()):
+        what = ", ".join(f"{kind}: {', '.join(map(str, list(found)[:3]))}" for kind, found in info.items() if found)
+        raise ValueError(
+            f"the checkpoint must hold its base model's tensors and no others; got {what}. Is it complete?"
+        )
     return model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403  # for its error alone
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from mpoe.models.pickles import REASON
 
 SITE_KEY = re.compile(r"(?P<matrix>.+)_mpo\.(?:tensor_set\.)?(?P<site>\d+)")
 """The name of a site tensor."""
@@ -62,8 +64,7 @@ def _load_file(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises can be anything
-        # torch's own text for these recommends to execute it.
-        reason = "it is damaged, or a pickle that needs code to be executed, which is never done"
+        reason = REASON
         if not isinstance(error, pickle.UnpicklingError):
             reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
         raise ValueError(

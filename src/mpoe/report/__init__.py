@@ -2,11 +2,13 @@
 
 from mpoe.report.comparison import comparison_rows, comparison_table, comparison_text
 from mpoe.report.parameters import parameter_table
+from mpoe.report.plain import PlainConsole
 from mpoe.report.results import metrics_table
 from mpoe.report.routers import router_table
 from mpoe.report.trained import trained_table
 
 __all__ = [
+    "PlainConsole",
     "comparison_rows",
     "comparison_table",
     "comparison_text",

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from mpoe.printable import markdown
+from mpoe.report.plain import TITLE, plain
 from mpoe.report.results import COUNTS
 from mpoe.training.finetune import FinetuneResult
 
@@ -65,12 +67,12 @@ def comparison_table(rows: Sequence[Mapping[str, float | str | None]], title: st
         rows: From `comparison_rows`.
         title: Above the table.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title, TITLE), title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(str(row["run"]), justify="right")
+        table.add_column(plain(str(row["run"])), justify="right")
     for column in list(rows[0])[1:] if rows else ():
-        table.add_row(column, *(_shown(column, row[column]) for row in rows))
+        table.add_row(plain(column), *(plain(_shown(column, row[column])) for row in rows))
     return table
 
 
@@ -91,7 +93,7 @@ def comparison_text(rows: Sequence[Mapping[str, float | str | None]], suffix: st
         writer.writerows(rows)
         return file.getvalue()
     lines = [columns, ["---"] * len(columns), *([_shown(c, v) for c, v in row.items()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(markdown, line))} |\n" for line in lines)
 
 
 def _shown(column: str, value: float | str | None) -> str:

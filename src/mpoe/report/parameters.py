@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from mpoe.models import ParameterCount
+from mpoe.report.plain import TITLE, plain
 
 
 def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Parameters, millions") -> Table:
@@ -16,10 +17,10 @@ def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Paramete
         counts: By the name of the column.
         title: Above the table.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title, TITLE), title_justify="left")
     table.add_column("")
     for name in counts:
-        table.add_column(name, justify="right")
+        table.add_column(plain(name), justify="right")
 
     def row(label: str, attribute: str, style: str = "") -> None:
         table.add_row(label, *(_millions(getattr(count, attribute)) for count in counts.values()), style=style)

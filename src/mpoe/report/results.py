@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from mpoe.report.plain import TITLE, plain
+
 COUNTS = ("rows", "tokens", "words")
 
 
@@ -17,11 +19,11 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], title: str, rows: 
         title: Above the table.
         rows: What the rows are, for the head of their column.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title, TITLE), title_justify="left")
     table.add_column(rows)
     names = list(next(iter(metrics.values())))
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(plain(name.replace("_", " ")), justify="right")
     for split, values in metrics.items():
-        table.add_row(split, *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:,.4f}" for n in names))
+        table.add_row(plain(split), *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:,.4f}" for n in names))
     return table

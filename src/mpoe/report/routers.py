@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from mpoe.nn import RouterStatistics
+from mpoe.report.plain import TITLE as TITLE_STYLE
+from mpoe.report.plain import plain
 
 TITLE = "Share of tokens per expert, %; mean entropy of a router's probabilities, nats"
 
@@ -20,7 +23,7 @@ def router_table(routers: Mapping[str, RouterStatistics], title: str = TITLE) ->
         title: Above the table.
     """
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=plain(title, TITLE_STYLE), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )  # eight experts fit
     table.add_column("layer")
     for expert in range(max((len(router.share) for router in routers.values()), default=0)):
@@ -32,8 +35,8 @@ def router_table(routers: Mapping[str, RouterStatistics], title: str = TITLE) ->
         last = [f"{router.entropy:.2f}", f"{router.dropped_fraction:.0%}"][: 1 + with_drops]
         # The module's own name is the same in every row and would cost the width of a terminal.
         table.add_row(
-            name.rpartition(".")[0] or name,
-            *(f"[red]{share:.0%}[/red]" if share < 0.01 else f"{share:.0%}" for share in router.share),
+            plain(name.rpartition(".")[0] or name),
+            *(Text(f"{share:.0%}", "red" if share < 0.01 else "") for share in router.share),
             *last,
         )
     return table

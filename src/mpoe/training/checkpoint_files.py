@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from mpoe.files import read_json, write_json
+from mpoe.files import is_file_name, read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 LAST_FILE = "trainer_state.json"  # that the Trainer writes
@@ -134,6 +134,8 @@ def _find_damage(checkpoint: Path) -> str | None:
         sums = read_json(checkpoint / CHECKSUMS_FILE)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
     except (ValueError, TypeError, KeyError):
+        expected = {"": (0, "")}
+    if not all(is_file_name(name, deep=True) for name in expected):
         return f"{CHECKSUMS_FILE} is damaged"
     for name, (size, checksum) in tqdm(expected.items(), desc=f"Examining {checkpoint.name}", delay=5, leave=False):
         file = checkpoint / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import pickle  # nosec B403  # for its error alone
 import platform
 import resource
 import statistics
@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import TrainOutput
 
 from mpoe.models import (
@@ -34,6 +35,7 @@ from mpoe.models import (
     sum_usage,
 )
 from mpoe.models.adapter import WEIGHTS_FILE
+from mpoe.models.pickles import REASON, find_refused
 from mpoe.nn import Accumulation, RouterStatistics
 from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
@@ -225,10 +227,14 @@ def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutpu
     """Train; on from a checkpoint, whose files are read as numbers and never as code."""
     try:
         return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError) as error:
+        if checkpoint is None:
+            raise
+        with safe_globals():  # the generators' numbers are NumPy's
+            file = find_refused(checkpoint) or checkpoint
         raise ValueError(
-            f"{checkpoint} must hold the optimizer's and the generators' numbers alone, as this run wrote them; got "
-            f"something else, which was not loaded: {error}"
+            f"{file} must hold the optimizer's and the generators' numbers alone, as this run wrote them; {REASON}. "
+            f"Delete this checkpoint (rm -r {checkpoint}), and the same command starts from what was before it"
         ) from error
 
 

@@ -77,7 +77,7 @@ class CausalLM:
                 )
             return blocks
 
-        assert self.validation is not None
+        assert self.validation is not None  # nosec B101  # for the type checker
         limit = self.arguments.max_eval_tokens
         train = blocks_of(self.train, tokens_of(self.train, None))
         self.tokenized = {"validation": tokens_of(self.validation, limit)}

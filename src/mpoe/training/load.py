@@ -14,6 +14,7 @@ from transformers.integrations import deepspeed
 
 from mpoe.config import MPOEConfig
 from mpoe.models import (
+    NO_CODE,
     clear_load_errors,
     component_modules,
     from_pretrained,
@@ -62,7 +63,7 @@ def load_model(
     overrides = {**(options or {}), **_dropout(path, arguments.dropout)}
     with clear_load_errors(path):
         try:
-            model = auto_class.from_pretrained(path, **overrides)
+            model = auto_class.from_pretrained(path, **NO_CODE, **overrides)
         except RuntimeError as error:  # weights of other shapes, as of a head for other labels
             raise ValueError(f"its weights do not fit: {' '.join(str(error).split())[:300]}") from error
     tokenizer = load_tokenizer(arguments.tokenizer_name or path)
