@@ -1,5 +1,5 @@
-# make demo | test | check | chaos | distributed | bench | clean | help. The first of them to run makes .venv; after that none needs the
-# network, but for what `mpoe demo` itself downloads once.
+# make demo | test | check | chaos | fuzz | distributed | bench | clean | help. The first of them to run makes .venv; after
+# that none needs the network, but for what `mpoe demo` itself downloads once.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -19,13 +19,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check chaos distributed bench clean
+.PHONY: help demo test check chaos fuzz distributed bench clean
 
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
 	@echo "make check   ruff, pyright, import-linter, dependency pins"
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
+	@echo "make fuzz    random shapes, configs and damaged files              (ARGS='--minutes 10 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
@@ -54,6 +55,10 @@ check: $(READY)
 chaos: $(READY)
 	@echo "chaos: killing, damaging and filling (tests/long/chaos.py $(ARGS)); some minutes"
 	@$(BIN)/python tests/long/chaos.py $(ARGS)
+
+fuzz: $(READY)
+	@echo "fuzz: random shapes, configs and damaged files (tests/long/fuzz.py $(ARGS)); 10 minutes"
+	@$(BIN)/python tests/long/fuzz.py $(ARGS)
 
 distributed: $(READY)
 	@echo "distributed: two processes beside one (tests/long/distributed.py)"
