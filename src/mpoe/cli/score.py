@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpoe.cli.parsing import raise_error
-from mpoe.files import write_json
+from mpoe.files import load_json, write_json
 from mpoe.training.text_metrics import TextScores, score_samples
 
 _SIZES = {"reference_size": 1000, "self_bleu_size": 500}
@@ -144,7 +143,7 @@ def _read_samples(path: Path) -> list[str]:
     samples = []
     for number, line in enumerate(lines, start=1):
         try:
-            samples.append(json.loads(line)["text"].strip())
+            samples.append(load_json(line)["text"].strip())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}:{number}: a line must be a JSON object with a sentence as its 'text'; got {line[:60]!r}"

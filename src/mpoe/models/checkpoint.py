@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -33,6 +35,9 @@ from mpoe.models.upcycle import swap_modules, upcycle
 TOKENIZER_FILES = (
     "tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
+
+# What Transformers' code raises over a file that is JSON and makes no sense: whatever the line that reads it meets.
+_OF_A_BAD_CONFIG = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @register_quantization_config(MPOEConfig.quant_method)
@@ -103,14 +108,51 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     with clear_load_errors(path):
         config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
-    written = getattr(config, "quantization_config", None) or {}
-    if written.get("quant_method") != MPOEConfig.quant_method or not config.architectures:
+    written, names = getattr(config, "quantization_config", None), config.architectures
+    if not (isinstance(written, dict) and written.get("quant_method") == MPOEConfig.quant_method and names):
         raise ValueError(
             f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
             "is loaded with Transformers and turned into one with mpoe.upcycle"
         )
+    architecture = getattr(transformers, names[0], None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+        raise ValueError(f"the config.json in {path} must name a model of Transformers; its architectures are {names}")
+    return load_whole(architecture, path, **kwargs)
+
+
+def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Load a model whose files hold all of its weights; Transformers itself makes up what is not there, and warns.
+
+    Args:
+        model_class: A model's class, or an Auto class.
+        path: A folder, or a name on the hub.
+        kwargs: For its `from_pretrained`.
+
+    Returns:
+        What that returns.
+
+    Raises:
+        ValueError: As `clear_load_errors`; weights that are missing or of other shapes.
+    """
+    asked = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
     with clear_load_errors(path):
-        return getattr(transformers, config.architectures[0]).from_pretrained(path, **kwargs)
+        model, info = model_class.from_pretrained(path, **asked)
+    if not kwargs.get("ignore_mismatched_sizes"):
+        wrong = {
+            name: f"has shape {tuple(got)} instead of {tuple(must)}" for name, got, must in info["mismatched_keys"]
+        }
+        wrong |= {name: "is missing" for name in info["missing_keys"] if name not in wrong}
+        if not getattr(model, "is_quantized", False):
+            whole = {name: p.dtype for name, p in model.named_parameters() if not p.is_floating_point()}
+            wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}
+        if wrong:
+            name = min(wrong)
+            more = f" (and {len(wrong) - 1} more are wrong)" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"the weights in {path} must be those of its config.json's model; {name} {wrong[name]}{more}: copy "
+                "both again"
+            )
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -152,7 +194,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "these: write it there with tokenizer.save_pretrained"
         )
     with clear_load_errors(path):
-        return AutoTokenizer.from_pretrained(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer("a")  # some damage shows only here
+        except BaseException as error:
+            # The tokenizers library raises bare Exceptions, and a BaseException of its own where its Rust code panics.
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"its tokenizer is damaged: {error}") from error
+        if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 1:
+            raise ValueError(f"its tokenizer's model_max_length must be a count; got {tokenizer.model_max_length!r}")
+        return tokenizer
 
 
 @contextmanager
@@ -172,8 +224,12 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} must be complete and undamaged; {error}: copy them again") from error
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, *_OF_A_BAD_CONFIG) as error:
+        reason = " ".join(str(error).split()[:60]) or type(error).__name__
+        if isinstance(error, _OF_A_BAD_CONFIG):
+            reason = f"one of its files is damaged ({type(error).__name__}: {reason})"
         raise ValueError(
             f"{path} must be a folder with a config.json and a complete Transformers model of the right kind, or the "
             f"name of one on a hub that can be reached; {reason}"

@@ -124,8 +124,7 @@ def _data_files(folder: Path) -> Any:
         def read() -> None:
             rows = load_task(get_task(str(folder / "task.yaml")), None, 0)
             texts = [row["source"] for part in (rows.train, rows.validation, rows.test) for row in part]
-            assert len(texts) <= len(ROWS) + 3
-            assert all(texts)
+            assert all(isinstance(text, str) for text in texts)
 
         message = refusal_of(read, f"rows{suffix}", "must have 3 training rows")
         line_is_known = message is None or "must be UTF-8" in message or "must have" in message

@@ -156,7 +156,7 @@ def _configs(folder: Path) -> Any:
         text = json.dumps(config.to_dict(), allow_nan=False)
         assert MPOEConfig.from_dict(json.loads(text)) == config, "it does not come back from JSON"
         assert json.loads(json.dumps(config.to_diff_dict())).items() <= json.loads(text).items()
-        if draw.random() < 0.3:
+        if draw.random() < 0.3 and config.num_experts < 100:  # what memory holds is not what is asked here
             model = copy.deepcopy(base)
             names = (*values, *choices.COMPONENTS, "stack", "site", "block", "feed-forward", "bias")
             if not refusal_of(lambda: upcycle(model, config), *names):
