@@ -1,5 +1,5 @@
-# make demo | test | check | oldest | chaos | distributed | soak | bench | clean | help. The first of them to run makes .venv; after that none needs the
-# network, but for what `mpoe demo` itself downloads once.
+# make demo | test | check | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
+# makes .venv; after that none needs the network, but for what `mpoe demo` itself downloads once, and `make oldest`.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check oldest chaos distributed soak bench clean
+.PHONY: help demo test check oldest chaos fuzz distributed soak bench clean
 
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
@@ -29,6 +29,7 @@ help:
 	@echo "make check   ruff, pyright, import-linter, bandit, dependency pins and their advisories"
 	@echo "make oldest  the tests with the oldest versions that we promise   (ARGS='tests/training')"
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
+	@echo "make fuzz    random shapes, configs and damaged files              (ARGS='--minutes 10 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
 	@echo "make soak    train and answer for an hour: does anything grow?    (ARGS='--minutes 10')"
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
@@ -66,6 +67,10 @@ oldest: $(READY)
 chaos: $(READY)
 	@echo "chaos: killing, damaging and filling (tests/long/chaos.py $(ARGS)); some minutes"
 	@$(BIN)/python tests/long/chaos.py $(ARGS)
+
+fuzz: $(READY)
+	@echo "fuzz: random shapes, configs and damaged files (tests/long/fuzz.py $(ARGS)); 10 minutes"
+	@$(BIN)/python tests/long/fuzz.py $(ARGS)
 
 distributed: $(READY)
 	@echo "distributed: two processes beside one (tests/long/distributed.py)"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from mpoe.files import brief
 
 LAYOUTS = ("separable", "balanced")
 GAUGES = ("identity", "central", "sqrt")
@@ -150,7 +154,9 @@ class MPOEConfig:
 
     def __post_init__(self) -> None:
         for name in ("mpo_layers", "stacks", "layers"):
-            _require(not isinstance(getattr(self, name), str), name, "a list", getattr(self, name))
+            value = getattr(self, name)
+            is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | dict)
+            _require(is_list or (value is None and name != "mpo_layers"), name, "a list", value)
         self.mpo_layers = tuple(self.mpo_layers)
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
@@ -179,32 +185,51 @@ class MPOEConfig:
                 getattr(self, name) == "all" or self.experts_per_token > 1,
                 name, "'all' where a token has one expert (moe_type 'moe' gives it two)", getattr(self, name),
             )  # fmt: skip
-        _require(set(self.mpo_layers) <= set(COMPONENTS), "mpo_layers", f"a list of {COMPONENTS}", self.mpo_layers)
         _require(
-            self.stacks is None or (self.stacks and set(self.stacks) <= {"encoder", "decoder"}),
+            all(layer in COMPONENTS for layer in self.mpo_layers),
+            "mpo_layers", f"a list of {COMPONENTS}", self.mpo_layers,
+        )  # fmt: skip
+        _require(
+            self.stacks is None or (self.stacks and all(stack in ("encoder", "decoder") for stack in self.stacks)),
             "stacks", "a list of 'encoder' and 'decoder'", self.stacks,
         )  # fmt: skip
         _require(
-            self.layers is None or (self.layers and all(_is_count(n + 1) for n in self.layers)),
+            self.layers is None or (self.layers and all(_is_index(n) for n in self.layers)),
             "layers", "a list of block indices >= 0", self.layers,
         )  # fmt: skip
         for name in ("offset_scale", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             optional = name != "offset_scale"
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
+        # beyond these, float32 has no such scales
+        _require(1e-9 <= self.offset_scale <= 1e6, "offset_scale", "from 1e-9 to 1e6", self.offset_scale)
         for name in (
             "expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib",
             "matrix_save_gib",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
+            _require(value <= 1e6, name, "at most 1e6", value)
         _require(
             isinstance(self.share_central, bool)
             and (self.share_central or (self.is_mixture and "mlp" in self.mpo_layers)),
             "share_central", "True, or False for a mixture of MPOs (mpo_layers with 'mlp')", self.share_central,
         )  # fmt: skip
         _require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
-        _require(self.tied_head in (None, True, False), "tied_head", "True, False or None", self.tied_head)
+        for name in ("is_scale_prob", "router_input_norm", "tied_head"):
+            value, is_optional = getattr(self, name), name == "tied_head"
+            must = "True, False or None" if is_optional else "True or False"
+            _require(isinstance(value, bool) or (is_optional and value is None), name, must, value)
+        _require(_is_index(self.seed) and self.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", self.seed)
+        _require(
+            _are_site_dims(self.site_dims),
+            "site_dims", 'None or site dimensions by shape, {"3072x768": [[192, 16, 1], [1, 2, 384]]}', self.site_dims,
+        )  # fmt: skip
+        described = self.feed_forward
+        _require(
+            described is None or (isinstance(described, dict) and all(isinstance(key, str) for key in described)),
+            "feed_forward", "None or a description, fields and their values", described,
+        )  # fmt: skip
         dropout, threshold = self.expert_dropout, self.second_threshold
         _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)
         _require(_is_number(threshold) and 0 < threshold <= 1, "second_threshold", "in (0, 1]", threshold)
@@ -260,12 +285,30 @@ class MPOEConfig:
 
 def _require(holds: object, name: str, must: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {must}; got {value!r}")
+        raise ValueError(f"{name} must be {must}; got {brief(value)}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_site_dims(value: object) -> bool:
+    """None, or pairs of lists of counts by shape; whether they fit their matrices is seen there."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        isinstance(shape, str)
+        and re.fullmatch(r"([^:]+:)?\d+x\d+", shape)
+        and isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(side, list | tuple) and all(map(_is_count, side)) for side in pair)
+        for shape, pair in value.items()
+    )

@@ -1,11 +1,20 @@
-"""Files that a user needs: written under a temporary name and renamed; read with an error that names them."""
+"""Files that a user needs: written under a temporary name and renamed; read with an error that names them.
+
+Also the text of such files as values, where every text that is none raises a ValueError.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from reprlib import Repr
+from typing import Any, get_args, get_origin
+
+import yaml
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -60,9 +69,88 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} must be the JSON file that mpoe wrote; it cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
     return value
+
+
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: Bytes are UTF-8.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or has half a character, which no file can hold.
+    """
+    text = text.decode() if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if "\\u" in text and not _is_unicode(value):
+        raise ValueError("it has half of a surrogate pair, like \\ud800, which is no character")
+    return value
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: One document; no tag in it is executed.
+
+    Raises:
+        ValueError: It is not YAML, is nested too deeply, has a tag that does not fit, or half a character.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (LookupError, AttributeError, TypeError) as error:  # how PyYAML meets `!!bool maybe` or `!!timestamp x`
+        raise ValueError(f"a value is not what its tag (!!) says: {error}") from error
+    if "\\u" in text.lower() and not _is_unicode(value):
+        raise ValueError("it has half of a surrogate pair, like \\ud800, which is no character")
+    return value
+
+
+def brief(value: object) -> str:
+    """A value of a user's for an error message, which has to stay short whatever it is.
+
+    Args:
+        value: Anything.
+    """
+    return _SHORT.repr(value)
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of a type, for files that are read into dataclasses.
+
+    Args:
+        value: As `load_json` gives it.
+        kind: str, int, float (which takes integers), None, a list, a dictionary or a union of these.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if origin is not None:
+        return any(fits(value, part) for part in parts)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    except (TypeError, ValueError, RecursionError):  # a YAML value that JSON cannot say; who reads it will look at it
+        return True
+    return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpoe.cli.parsing import raise_error
-from mpoe.files import read_json, write_bytes
+from mpoe.files import fits, read_json, write_bytes
 from mpoe.report import PlainConsole, comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS, SCORES
 from mpoe.training.finetune import FinetuneResult
@@ -57,15 +57,12 @@ def run(argv: Sequence[str]) -> None:
 def _result(path: Path) -> FinetuneResult:
     if not (path / RESULTS_FILE).is_file():
         raise ValueError(f"a run must be the output folder of a finished mpoe finetune; {path} has no {RESULTS_FILE}")
-    try:
-        return FinetuneResult.from_dict(read_json(path / RESULTS_FILE))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return FinetuneResult.read(path / RESULTS_FILE)
 
 
 def _scores(file: Path) -> dict[str, float]:
     scores = read_json(file)
-    if not all(isinstance(scores.get(key), int | float) for key in SCORES):
+    if not all(fits(scores.get(key), float) for key in SCORES):
         raise ValueError(
             f"{file} must be what mpoe generate or mpoe score wrote with --metrics; got one without scores"
         )

@@ -28,7 +28,7 @@ from mpoe.training.arguments import (
 from mpoe.training.data_arguments import DataArguments
 from mpoe.training.finetune import FinetuneResult, finetune
 from mpoe.training.load import load_model
-from mpoe.training.run_folder import RunFolder
+from mpoe.training.run_folder import RESULTS_FILE, RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.text_to_text import TextToText, evaluate, tokenize, trainer_parts
 from mpoe.training.trainer import build_trainer
@@ -155,7 +155,7 @@ def _finetune(
 ) -> FinetuneResult:  # fmt: skip
     if folder.results is not None:
         console.print(f"Found a finished run in {folder.path}; --output_dir names another folder for a new one.")
-        return FinetuneResult.from_dict(folder.results)
+        return FinetuneResult.read(folder.path / RESULTS_FILE)
     if folder.checkpoint is not None:
         console.print(f"Found an interrupted run: resuming from {folder.checkpoint}")
     set_seed(args.seed)

@@ -34,7 +34,7 @@ from mpoe.training.language_modeling import CausalLM
 from mpoe.training.load import load_model, mixture_changes, whole_weights
 from mpoe.training.objective import DEFAULTS, Objective
 from mpoe.training.optimizer import trained_parts
-from mpoe.training.run_folder import RunFolder
+from mpoe.training.run_folder import RESULTS_FILE, RunFolder
 from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.text_to_text import TextToText
 
@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     folder = RunFolder.open(args.output_dir, identity)
     if folder.results is not None:
         console.print(f"Found a finished run of this command in {folder.path}: nothing to do. Its results:")
-        result = FinetuneResult.from_dict(folder.results)
+        result = FinetuneResult.read(folder.path / RESULTS_FILE)
     else:
         result = _finetune(model_args, mixture_args, trainable, data_args, corpus_args, args, folder, console, asked)
     _print_result(console, result, args.output_dir)

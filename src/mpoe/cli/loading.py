@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_tokenizer
-from mpoe.models.adapter import adapted_model, is_adapter
+from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_tokenizer, load_whole
+from mpoe.models.adapter_files import adapted_model, is_adapter
 from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 
 Kind = Literal["seq2seq", "causal", "classification"]
@@ -71,10 +71,13 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     kind, base = kind_of(path), _base(path)
     head = adapted_model(path).head if is_adapter(path) and kind == "classification" else {}
-    with clear_load_errors(base):
-        model: PreTrainedModel = _CLASSES[kind][0].from_pretrained(base, **NO_CODE, **head)
-    if is_adapter(path):
+    auto_class = _CLASSES[kind][0]
+    if is_adapter(path):  # which may hold the head that its base has not
+        with clear_load_errors(base):
+            model: PreTrainedModel = auto_class.from_pretrained(base, **NO_CODE, **head)
         load_adapter(model, path)
+    else:
+        model = load_whole(auto_class, base)
     tokenizer = load_tokenizer(base)
     if tokenizer.pad_token is None:  # any token serves, because the attention mask leaves it out
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
+
+from mpoe.files import brief, load_json, load_yaml
 
 # What the reference's commands and config files say otherwise, for HfArgumentParser's own names.
 RENAMED = {
@@ -56,10 +57,10 @@ def parse(
     parser = HfArgumentParser(dataclasses, prog=prog, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
     parser.error = raise_error  # one line instead of a usage of a hundred flags
-    argv = _without_effect(_renamed_flags(argv))
+    argv, path = _without_effect(_renamed_flags(argv)), None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         path = Path(argv.pop(0))
-        _set_defaults(parser, _renamed_keys(_read_config(path)), path)
+        _set_defaults(parser, _without_nulls(dataclasses, _renamed_keys(_read_config(path))), path)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         late = [word for word in unknown if word.endswith((".yaml", ".yml", ".json"))]
@@ -69,7 +70,11 @@ def parse(
     for action in parser._actions:  # without these a second pass sees flags and the config file's keys alone
         action.default = SUPPRESS
     given = vars(parser.parse_known_args(argv)[0])
-    return parser.parse_dict(values), {name: value for name, value in values.items() if name in given}
+    try:
+        parsed = parser.parse_dict(values)
+    except (TypeError, ValueError) as error:  # Transformers' own arguments do not always say which of them is wrong
+        raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
+    return parsed, {name: value for name, value in values.items() if name in given}
 
 
 def without_defaults(dataclasses: Sequence[type], given: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +91,8 @@ def without_defaults(dataclasses: Sequence[type], given: dict[str, Any]) -> dict
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = load_json(text) if path.suffix == ".json" else load_yaml(text)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} must be a readable {path.suffix[1:]} file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold flags and their values, as a mapping; got {type(values).__name__}")
@@ -130,22 +135,46 @@ def _explain(name: str) -> None:
 
 
 def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], path: Path) -> None:
-    actions = {action.dest: action for action in parser._actions}
+    # the first of a name: a flag that is on by default has a second one, --no_FLAG
+    actions = {action.dest: action for action in reversed(parser._actions)}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
         raise ValueError(
-            f"{path}: unknown config keys {unknown}; {parser.prog} --help lists the flags, which are the keys"
+            f"{path}: unknown config keys {brief(unknown)}; {parser.prog} --help lists the flags, which are the keys"
         )
     for name, value in values.items():
-        # argparse reads strings as it reads flags ("1e-4")
-        if isinstance(value, dict):  # a flag that takes JSON
-            value = json.dumps(value)
-        elif actions[name].nargs == "+" and not isinstance(value, list | None):
-            value = [value]
-        elif actions[name].nargs != "+" and isinstance(value, list):  # a flag that takes a comma list
-            value = ",".join(map(str, value))
-        parser.set_defaults(**{name: value})
+        try:
+            parser.set_defaults(**{name: None if value is None else _as_flag(parser, actions[name], value)})
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name} must be what --{name} takes; got {brief(value)} ({error})") from error
         actions[name].required = False
+
+
+def _as_flag(parser: HfArgumentParser, action: Action, value: Any) -> Any:
+    """A config file's value, read as a flag's word is; argparse does so with strings only, and leaves choices aside."""
+
+    def read(word: Any) -> Any:
+        if isinstance(word, dict):  # a flag that takes JSON
+            word = json.dumps(word, allow_nan=False)
+        elif isinstance(word, list):  # a flag that takes a comma list
+            word = ",".join(map(str, word))
+        read_word = parser._get_value(action, str(word))
+        parser._check_value(action, read_word)
+        return read_word
+
+    if action.nargs == "+":
+        return [read(word) for word in (value if isinstance(value, list) else [value])]
+    return read(value)
+
+
+def _without_nulls(dataclasses: Sequence[type], values: dict[str, Any]) -> dict[str, Any]:
+    """Without those of flags that cannot be None: a null leaves them out."""
+    kinds = {name: kind for of_class in dataclasses for name, kind in get_type_hints(of_class).items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None or name not in kinds or type(None) in get_args(kinds[name])
+    }
 
 
 def raise_error(message: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from mpoe.cli.parsing import raise_error
-from mpoe.files import write_json
+from mpoe.files import load_json, write_json
 from mpoe.printable import printable
 from mpoe.report import PlainConsole
 from mpoe.training.text_metrics import TextScores, score_samples
@@ -145,7 +144,7 @@ def _read_samples(path: Path) -> list[str]:
     samples = []
     for number, line in enumerate(lines, start=1):
         try:
-            samples.append(json.loads(line)["text"].strip())
+            samples.append(load_json(line)["text"].strip())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}:{number}: a line must be a JSON object with a sentence as its 'text'; got {line[:60]!r}"

@@ -1,7 +1,15 @@
 """Everything about Transformers models: where their parts are, upcycling, saving and loading."""
 
 from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
-from mpoe.models.checkpoint import NO_CODE, class_of, clear_load_errors, from_pretrained, load_tokenizer, read_config
+from mpoe.models.checkpoint import (
+    NO_CODE,
+    class_of,
+    clear_load_errors,
+    from_pretrained,
+    load_tokenizer,
+    load_whole,
+    read_config,
+)
 from mpoe.models.families import FAMILIES
 from mpoe.models.find import find_feed_forwards
 from mpoe.models.inspect import (
@@ -37,6 +45,7 @@ __all__ = [
     "is_upcycled",
     "load_adapter",
     "load_tokenizer",
+    "load_whole",
     "memory_bytes",
     "merge",
     "mixtures",

@@ -12,27 +12,29 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.files import read_json, write_bytes, write_json
+from mpoe.files import write_bytes, write_json
+from mpoe.models.adapter_files import (
+    CONFIG_FILE,
+    FORMAT,
+    HEAD_OPTIONS,
+    VERSION,
+    WEIGHTS_FILE,
+    SavedAdapter,
+    read_saved,
+    read_tensors,
+)
 from mpoe.models.checkpoint import align
 from mpoe.models.quantized_base import plain_tensors
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import upcycle
 from mpoe.nn import FrozenBaseExperts, MPOExperts
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-FORMAT = "mpoe-adapter"
-VERSION = 1
-HEAD_OPTIONS = ("num_labels", "id2label", "problem_type")  # of a classifier, which its base need not be
 
 _ATTRIBUTE = "_mpoe_adapters"
 
@@ -55,32 +57,6 @@ class AdapterSet:
     def active_values(self) -> dict[str, Tensor]:
         """The active adapter's values when it was last loaded or left, by parameter name; empty for the base."""
         return {} if self.active is None else self.adapters[self.active]
-
-
-@dataclass(frozen=True)
-class AdaptedModel:
-    """The model that an adapter was saved from, as far as one must know to load its base.
-
-    Attributes:
-        base_name: The folder or hub name of the base.
-        architecture: The name of the model's class; None in an adapter of the first days of mpoe.
-        head: Values of HEAD_OPTIONS in the model's config.
-    """
-
-    base_name: str
-    architecture: str | None
-    head: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _SavedAdapter:
-    """What an adapter's folder holds beside its tensors."""
-
-    config: MPOEConfig
-    model: AdaptedModel
-    base_hash: str
-    base_dtypes: list[str]
-    weights_hash: str
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -175,10 +151,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             has not, another base, a name that is taken, parameters that train outside of the active adapter. A mixture
             is unchanged then. A dense model is upcycled before its parameters can be compared, and stays so.
     """
-    saved, config, adapters = _read(Path(folder)), mpoe_config(model), _adapters(model)
-    held_tensors = _read_tensors(Path(folder), saved)
+    saved, config, adapters = read_saved(Path(folder)), mpoe_config(model), _adapters(model)
+    held_tensors = read_tensors(Path(folder), saved)
     if config is None:
-        upcycle(model, saved.config)
+        try:
+            upcycle(model, saved.config)
+        except ValueError as error:
+            raise ValueError(f"{folder} must be an adapter of this kind of model; {error}") from error
         align(model)  # without it the base's weights, fresh from a file, may give other last bits than in training
     else:
         _check_config(saved.config, config, folder)
@@ -236,27 +215,6 @@ def active_adapter(model: PreTrainedModel) -> str | None:
         model: Any model.
     """
     return _adapters(model).active
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter instead of a model.
-
-    Args:
-        folder: Any path or name.
-    """
-    return (Path(folder) / CONFIG_FILE).is_file()
-
-
-def adapted_model(folder: str | Path) -> AdaptedModel:
-    """What an adapter's base is loaded as.
-
-    Args:
-        folder: What `save_adapter` wrote.
-
-    Raises:
-        ValueError: A damaged adapter.
-    """
-    return _read(Path(folder)).model
 
 
 def _activate(model: nn.Module, adapters: AdapterSet, name: str | None) -> None:
@@ -329,41 +287,6 @@ def _first_of(names: list[str]) -> str:
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def _read(folder: Path) -> _SavedAdapter:
-    """What an adapter says of itself; its weights, which are much larger, are only looked for."""
-    file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for path in (file, weights_file):
-        if not path.is_file():
-            raise ValueError(f"{folder} must be a folder that mpoe.save_adapter wrote; it has no {path.name}")
-    values = read_json(file)
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{file} must have format {FORMAT!r}; got {values.get('format')!r}")
-    if values.get("version") != VERSION:
-        raise ValueError(f"{file} must have version {VERSION}; got {values.get('version')!r}: update mpoe")
-    try:
-        config = MPOEConfig.from_dict(values["mpoe"])
-        head = values.get("head", {})
-        if head.get("id2label"):
-            head["id2label"] = {int(index): label for index, label in head["id2label"].items()}
-        model = AdaptedModel(values["base_model_name_or_path"], values.get("architecture"), head)
-        return _SavedAdapter(config, model, values["base_hash"], values["base_dtypes"], values["weights_hash"])
-    except KeyError as error:
-        raise ValueError(f"{file} must be as mpoe.save_adapter writes it; it has no {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold the config of a mixture under 'mpoe'; {error}") from error
-
-
-def _read_tensors(folder: Path, saved: _SavedAdapter) -> dict[str, Tensor]:
-    weights_file = folder / WEIGHTS_FILE
-    try:
-        weights = weights_file.read_bytes()
-        if hashlib.sha256(weights).hexdigest() != saved.weights_hash:
-            raise ValueError(f"its sha256 is not the weights_hash of {CONFIG_FILE}")
-        return safetensors.torch.load(weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{weights_file} must be complete and unchanged; {error}: copy or save it again") from error
-
-
 def _check_config(saved: MPOEConfig, config: MPOEConfig, folder: str | Path) -> None:
     # through JSON, where a list and a tuple are the same
     there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, config))
@@ -386,7 +309,7 @@ def _check_trained(model: nn.Module, adapters: AdapterSet) -> None:
 
 
 def _check_base(
-    model: PreTrainedModel, adapters: AdapterSet, saved: _SavedAdapter, held: Collection[str], folder: str | Path
+    model: PreTrainedModel, adapters: AdapterSet, saved: SavedAdapter, held: Collection[str], folder: str | Path
 ) -> None:
     base_hash = _base_hash(model, held, adapters.base)
     if base_hash != saved.base_hash:

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -39,6 +41,8 @@ TOKENIZER_FILES = (
 
 NO_CODE = {"trust_remote_code": False}
 """For every loader of Transformers: left out, it asks on the terminal whether to execute a model's own code."""
+# What Transformers' code raises over a file that is JSON and makes no sense: whatever the line that reads it meets.
+_OF_A_BAD_CONFIG = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @register_quantization_config(MPOEConfig.quant_method)
@@ -111,16 +115,50 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with clear_load_errors(path):
         asked = {name: kwargs[name] for name in hub_options if name in kwargs}
         config = AutoConfig.from_pretrained(path, **asked)  # nosec B615  # the revision is the user's choice
-    written = getattr(config, "quantization_config", None) or {}
-    model_class = class_of(config)
-    if written.get("quant_method") != MPOEConfig.quant_method or model_class is None:
+    written, model_class = getattr(config, "quantization_config", None), class_of(config)
+    is_mixture = isinstance(written, dict) and written.get("quant_method") == MPOEConfig.quant_method
+    if not is_mixture or model_class is None:
         raise ValueError(
             f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe', or no "
             "model of Transformers under architectures. A dense model is loaded with Transformers and turned into one "
             "with mpoe.upcycle"
         )
+    return load_whole(model_class, path, **kwargs)
+
+
+def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Load a model whose files hold all of its weights; Transformers itself makes up what is not there, and warns.
+
+    Args:
+        model_class: A model's class, or an Auto class.
+        path: A folder, or a name on the hub.
+        kwargs: For its `from_pretrained`.
+
+    Returns:
+        What that returns.
+
+    Raises:
+        ValueError: As `clear_load_errors`; weights that are missing or of other shapes.
+    """
+    asked = {**NO_CODE, "ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
     with clear_load_errors(path):
-        return model_class.from_pretrained(path, **kwargs)
+        model, info = model_class.from_pretrained(path, **asked)
+    if not kwargs.get("ignore_mismatched_sizes"):
+        wrong = {
+            name: f"has shape {tuple(got)} instead of {tuple(must)}" for name, got, must in info["mismatched_keys"]
+        }
+        wrong |= {name: "is missing" for name in info["missing_keys"] if name not in wrong}
+        if not getattr(model, "is_quantized", False):
+            whole = {name: p.dtype for name, p in model.named_parameters() if not p.is_floating_point()}
+            wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}
+        if wrong:
+            name = min(wrong)
+            more = f" (and {len(wrong) - 1} more are wrong)" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"the weights in {path} must be those of its config.json's model; {name} {wrong[name]}{more}: copy "
+                "both again"
+            )
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -173,7 +211,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "these: write it there with tokenizer.save_pretrained"
         )
     with clear_load_errors(path):
-        return AutoTokenizer.from_pretrained(path, **NO_CODE)  # nosec B615  # the revision is the user's choice
+        try:
+            # the revision is the user's choice
+            tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)  # nosec B615
+            tokenizer("a")  # some damage shows only here
+        except BaseException as error:
+            # The tokenizers library raises bare Exceptions, and a BaseException of its own where its Rust code panics.
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"its tokenizer is damaged: {error}") from error
+        if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 1:
+            raise ValueError(f"its tokenizer's model_max_length must be a count; got {tokenizer.model_max_length!r}")
+        return tokenizer
 
 
 @contextmanager
@@ -199,8 +248,12 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
             f"the weights in {find_refused(path) or path} must be numbers alone; {REASON}: convert them to safetensors "
             "where they come from, or name another model"
         ) from error
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, *_OF_A_BAD_CONFIG) as error:
+        reason = " ".join(str(error).split()[:60]) or type(error).__name__
+        if isinstance(error, _OF_A_BAD_CONFIG):
+            reason = f"one of its files is damaged ({type(error).__name__}: {reason})"
         if "trust_remote_code" in str(error):  # Transformers' own text says how to execute it
             reason = "this one is code of its own, beside its weights, and mpoe executes none"
         raise ValueError(

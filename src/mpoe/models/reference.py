@@ -152,13 +152,18 @@ def _power_of_two(offset_scale: float, auxiliary: Tensor, central: Tensor) -> Te
 
 def _base_on_meta(config: PreTrainedConfig, has_own_head: bool) -> T5ForConditionalGeneration:
     """The dense base model without values."""
-    if not isinstance(config, T5Config) or config.feed_forward_proj != "relu":
+    if not isinstance(config, T5Config) or config.feed_forward_proj != "relu" or config.is_gated_act:
         raise ValueError(
             "config must be of T5 v1.0 with its plain ReLU network, which the reference has; got model_type "
             f"{config.model_type!r} and feed_forward_proj {getattr(config, 'feed_forward_proj', None)!r}"
         )
+    try:
+        with torch.device("meta"):
+            model = T5ForConditionalGeneration(copy.deepcopy(config))
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config must be of a T5 that can be built; {reason}: correct the config.json") from error
     with torch.device("meta"):
-        model = T5ForConditionalGeneration(copy.deepcopy(config))
         if has_own_head:
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     return model

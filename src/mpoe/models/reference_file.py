@@ -37,12 +37,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+    ):
         raise ValueError(f"{path} must hold a state_dict, tensors by name; it holds something else")
     prefix = "module." if all(key.startswith("module.") for key in found) else ""
     tensors: dict[str, Tensor] = {}
     for key, tensor in found.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+        if not is_plain or not torch.isfinite(tensor).all():
             raise ValueError(f"the tensors of a checkpoint must be finite floating-point numbers; {key} is not")
         name = re.sub(r"\.DenseReluDense\.(?=sffn\.|moe_layer\.)", ".", key.removeprefix(prefix))
         name = re.sub(r"^(encoder|decoder)\.embed_tokens(?=[._])", "shared", name)

@@ -21,9 +21,10 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], title: str, rows: 
     """
     table = Table(title=plain(title, TITLE), title_justify="left")
     table.add_column(rows)
-    names = list(next(iter(metrics.values())))
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     for name in names:
         table.add_column(plain(name.replace("_", " ")), justify="right")
     for split, values in metrics.items():
-        table.add_row(plain(split), *(f"{values[n]:,.0f}" if n in COUNTS else f"{values[n]:,.4f}" for n in names))
+        numbers = (f"{values[n]:,.{0 if n in COUNTS else 4}f}" if n in values else "-" for n in names)
+        table.add_row(plain(split), *numbers)
     return table

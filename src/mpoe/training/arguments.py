@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config import COMPONENTS, MPOEConfig
+from mpoe.files import load_json
 from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
@@ -219,12 +219,14 @@ class MixtureArguments:
         Raises:
             ValueError: A flag's value that makes no sense, named.
         """
+        if self.switch_dropout is not None and not 0 <= self.switch_dropout <= 1:
+            raise ValueError(f"switch_dropout must be in [0, 1]; got {self.switch_dropout}")
         read = {
             "moe_type": self.moe_type or "none",
             "mpo_layers": _components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
-            "max_bond_dim": _bond(self.linear_trunc),
-            "word_embed_bond_dim": _bond(self.emb_trunc),
-            "attention_bond_dim": _bond(self.attention_trunc),
+            "max_bond_dim": _bond("linear_trunc", self.linear_trunc),
+            "word_embed_bond_dim": _bond("emb_trunc", self.emb_trunc),
+            "attention_bond_dim": _bond("attention_trunc", self.attention_trunc),
             "site_dims": _json_object("site_dims", self.site_dims),
             "stacks": _names(self.stacks),
             "layers": _integers("layers", self.layers),
@@ -358,7 +360,9 @@ def _components(name: str, text: str | None, nothing: str) -> tuple[str, ...] | 
     return ()
 
 
-def _bond(truncation: int) -> int | None:
+def _bond(name: str, truncation: int) -> int | None:
+    if truncation < 1:
+        raise ValueError(f"{name} must be an integer >= 1, {NO_TRUNCATION} for none; got {truncation}")
     return None if truncation >= NO_TRUNCATION else truncation
 
 
@@ -373,8 +377,8 @@ def _json_object(name: str, text: str | None) -> dict[str, object] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = load_json(text)
+    except ValueError as error:
         raise ValueError(f"{name} must be a JSON object; got {text!r} ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a JSON object; got {text!r}")

@@ -7,7 +7,6 @@ leaves one that loads and is wrong. The checksums tell both from a good one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import zipfile
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from mpoe.files import is_file_name, read_json, write_json
+from mpoe.files import is_file_name, load_json, read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 LAST_FILE = "trainer_state.json"  # that the Trainer writes
@@ -114,7 +113,7 @@ def _is_whole(file: Path) -> bool:
     """Whether a file ends where its own format says."""
     try:
         if file.suffix == ".json":
-            json.loads(file.read_bytes())
+            load_json(file.read_bytes())
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return True

@@ -9,9 +9,10 @@ import resource
 import statistics
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import accelerate
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import TrainOutput
 
+from mpoe.files import brief, fits, read_json
 from mpoe.models import (
     ParameterCount,
     count_parameters,
@@ -34,7 +36,7 @@ from mpoe.models import (
     shuffled_routing,
     sum_usage,
 )
-from mpoe.models.adapter import WEIGHTS_FILE
+from mpoe.models.adapter_files import WEIGHTS_FILE
 from mpoe.models.pickles import REASON, find_refused
 from mpoe.nn import Accumulation, RouterStatistics
 from mpoe.training.accumulation import AccumulationCallback
@@ -48,6 +50,8 @@ from mpoe.training.stop_signals import StopSignals
 from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer
 
 ADAPTER_FOLDER = "adapter"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -92,29 +96,47 @@ class FinetuneResult:
     versions: dict[str, str]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FinetuneResult:
-        """The inverse of `dataclasses.asdict`, for a results.json.
+    def read(cls, file: Path) -> FinetuneResult:
+        """What a finished run wrote.
 
         Args:
-            values: What the file holds.
+            file: Its results.json, the JSON of `dataclasses.asdict`.
 
         Raises:
-            ValueError: Another version of mpoe wrote it, or something else.
+            ValueError: It cannot be read; another version of mpoe wrote it, or something else.
         """
         try:
-            return cls(
-                **{
-                    **values,
-                    "parameters": ParameterCount(**values["parameters"]),
-                    "trained": [TrainedPart(**part) for part in values["trained"]],
-                    "routers": {name: RouterStatistics(**router) for name, router in values["routers"].items()},
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls._from_dict(read_json(file))
+        except (KeyError, TypeError) as error:
             raise ValueError(
-                f"a results.json must be what this version of mpoe wrote; got one without its fields ({error}); run it "
-                "anew in another folder"
+                f"{file.parent}: a {file.name} must be what this version of mpoe wrote; got one without its fields "
+                f"({error}); run it anew in another folder"
             ) from error
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> FinetuneResult:
+        parts = {
+            "parameters": _typed(ParameterCount, values["parameters"]),
+            "trained": [_typed(TrainedPart, part) for part in values["trained"]],
+            "routers": {name: _typed(RouterStatistics, of_layer) for name, of_layer in dict(values["routers"]).items()},
+        }
+        result = _typed(cls, {**values, **parts}, built=parts.keys())
+        for name, splits in result.tasks.items():
+            if not splits or not splits.keys() & {"validation", "test"} or not all(splits.values()):
+                raise TypeError(f"tasks/{name} has no numbers")
+        if len(result.tasks) > 1 and not {"validation", "test"} <= result.average.keys():
+            raise TypeError("average is not of validation and test")
+        return result
+
+
+def _typed(kind: type[_T], values: Any, built: Collection[str] = ()) -> _T:
+    """A dataclass of JSON values; those of `built` are no longer JSON."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is {brief(values)}")
+    for name, of_field in get_type_hints(kind).items():
+        if name in values and name not in built and not fits(values[name], of_field):
+            raise TypeError(f"{name} is {brief(values[name])}")
+    return kind(**values)
 
 
 def finetune(

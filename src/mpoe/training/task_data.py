@@ -11,6 +11,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
+from mpoe.files import brief
 from mpoe.training.metrics import SCALE
 from mpoe.training.task_files import read_file, shown
 
@@ -304,7 +305,7 @@ def _rows(
         label = row.pop("label")
         if odd := [names[name] for name, value in row.items() if not isinstance(value, str)]:
             raise ValueError(
-                f"{place}: column {odd[0]} must be text; got {_value(raw, odd[0], place)!r}. Correct the row"
+                f"{place}: column {odd[0]} must be text; got {brief(_value(raw, odd[0], place))}. Correct the row"
             )
         if task.no_label and str(label) == task.no_label:
             left_out += 1
@@ -332,15 +333,15 @@ def _label(task: Task, words: tuple[str, ...], value: Any, place: str) -> int | 
     text = str(value).strip()
     if task.kind == "text":
         if not isinstance(value, str):
-            raise ValueError(f"{place}: the label must be text; got {value!r}. Correct the row")
+            raise ValueError(f"{place}: the label must be text; got {brief(value)}. Correct the row")
         return text
     if task.kind == "score":
         score = _score(text)
         if math.isnan(score):
-            raise ValueError(f"{place}: the score must be a number from 0 to 5; got {text!r}. Correct the row")
+            raise ValueError(f"{place}: the score must be a number from 0 to 5; got {brief(text)}. Correct the row")
         return score
     if text not in words:
-        raise ValueError(f"{place}: the label must be one of {', '.join(words)}; got {text!r}. Correct the row")
+        raise ValueError(f"{place}: the label must be one of {', '.join(words)}; got {brief(text)}. Correct the row")
     return words.index(text)
 
 

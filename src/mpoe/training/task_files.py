@@ -2,12 +2,14 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpoe.files import load_json
+
 SHOWN = 10  # names and lines that an error message lists
+WIDEST = 100  # characters of each
 
 
 def read_file(path: Path, task: str, columns: Sequence[str], header: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -46,6 +48,7 @@ def shown(items: Iterable[object]) -> str:
         items: What is listed, as text.
     """
     texts = [" ".join(str(item).split()) for item in items]
+    texts = [text if len(text) <= WIDEST else f"{text[:WIDEST]}..." for text in texts]
     more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return ", ".join(texts[:SHOWN]) + more or "nothing"
 
@@ -75,7 +78,7 @@ def _jsonl(path: Path, text: str) -> list[tuple[int, Any]]:
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: the line must be a JSON object; {error}. Correct the line") from error
         if not isinstance(row, dict):

@@ -13,8 +13,7 @@ import string
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mpoe.files import brief, load_yaml
 from mpoe.training.metrics import METRICS
 from mpoe.training.task_data import Kind, Task, TaskData, load_task
 
@@ -200,7 +199,7 @@ def _described_task(path: Path) -> Task:
     values = _read_yaml(path)
     for key in ("name", "template", "label", "kind", "train", "dev", "hub", "config"):
         if key in values and not (isinstance(values[key], str) and values[key].strip()):
-            raise ValueError(f"{path}: {key} must be text; got {values[key]!r}. Correct {key}, or quote it")
+            raise ValueError(f"{path}: {key} must be text; got {brief(values[key])}. Correct {key}, or quote it")
     for key in ("name", "template", "metrics"):
         if key not in values:
             of = f", of {', '.join(METRICS)}" if key == "metrics" else ""
@@ -225,8 +224,8 @@ def _described_task(path: Path) -> Task:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise ValueError(f"{path} must be a readable YAML file that describes a task: {reason}") from error
     if not isinstance(values, dict):
@@ -258,7 +257,7 @@ def _distinct_texts(path: Path, key: str, value: Any, least: int) -> tuple[str, 
     stripped = tuple(text.strip() for text in texts)
     if len(stripped) < least or len(set(stripped)) < len(stripped) or "" in stripped:
         raise ValueError(
-            f"{path}: {key} must be a list of {least} or more different texts; got {value!r}. "
+            f"{path}: {key} must be a list of {least} or more different texts; got {brief(value)}. "
             f"Correct {key}; numbers, yes, no, on and off need quotation marks"
         )
     return stripped

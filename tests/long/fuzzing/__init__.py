@@ -1,0 +1,1 @@
+"""The properties that `make fuzz` tries, by kind."""
