@@ -46,11 +46,11 @@ def step_loss(
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         num_targets = (labels != IGNORED).sum()
         total = summed_loss(output.logits, labels)
-        num_items = num_targets if num_items_in_batch is None else num_items_in_batch
+        num_items = num_targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         router_loss = take_router_loss(model)
         if router_loss is not None:
             total = total + router_loss.to(total.device) * num_targets
-        return total / num_items
+        return total / num_items.to(total.device).clamp(min=1)  # a step of padding only has no target, and no loss
 
     return loss
 
