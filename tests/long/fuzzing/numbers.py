@@ -68,7 +68,7 @@ def _site_dims(folder: Path) -> Any:
         }  # fmt: skip
         case.tried = f"site_dims{sizes} with {rest}"
         found: list[SiteDims] = []
-        fields = ("num_sites", "auxiliary_sides", "max_auxiliary_bond")
+        fields = ("_features", "num_sites", "auxiliary_sides", "max_auxiliary_bond")
         if refusal_of(lambda: found.append(site_dims(*sizes, **rest)), *fields):
             return
         (dims,) = found
