@@ -114,7 +114,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
             "is loaded with Transformers and turned into one with mpoe.upcycle"
         )
-    architecture = getattr(transformers, names[0], None)
+    architecture = getattr(transformers, str(names[0]), None)
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(f"the config.json in {path} must name a model of Transformers; its architectures are {names}")
     return load_whole(architecture, path, **kwargs)

@@ -155,8 +155,10 @@ def site_dims(
         ValueError: A size, number of sites, layout or bond that makes no sense.
     """
     for name, value in (("out_features", out_features), ("in_features", in_features)):
-        if not 1 <= value <= MAX_SIZE:
-            raise ValueError(f"{name} must be >= 1 and at most {MAX_SIZE:,}; got {value}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}")
+        if value > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}; got {value}")
     if max_auxiliary_bond is not None and max_auxiliary_bond < 1:
         raise ValueError(f"max_auxiliary_bond must be >= 1; got {max_auxiliary_bond}")
     if auxiliary_sides not in ("both", "narrow") or (auxiliary_sides == "narrow" and layout != "separable"):

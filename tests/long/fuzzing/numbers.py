@@ -255,9 +255,9 @@ def _mixtures(folder: Path) -> Any:
 
 
 PROPERTIES = (
-    Property("site dimensions", _site_dims, 0.5),
+    Property("site dimensions", _site_dims, 0.3),
     Property("decomposition", _decompose, 0.8),
     Property("MPOEConfig", _configs, 1.2),
-    Property("experts and routers", _mixtures, 1.5),
+    Property("experts and routers", _mixtures, 1.8),
 )
 assert VALID.keys() == {field.name for field in dataclasses.fields(MPOEConfig)}
