@@ -358,9 +358,19 @@ def test_runs_are_compared(ground, capsys):
     assert main(["compare", "runs/dense", "-o", "table.xlsx"]) == 2
     assert "output must be a file .md, .csv, .json; got table.xlsx" in capsys.readouterr().err
     assert main(["compare", "runs/dense", "-o", "nowhere/table.md"]) == 2
-    Path("runs/dense/results.json").write_text("{}")
-    assert main(["compare", "runs/dense"]) == 2
-    assert "runs/dense: a results.json must be what this version of mpoe wrote" in capsys.readouterr().err
+    results = json.loads(Path("runs/dense/results.json").read_text())
+    for damaged in (
+        {},
+        {**results, "steps": "4"},
+        {**results, "parameters": {**results["parameters"], "router": None}},
+        {**results, "trained": [5]},
+        {**results, "tasks": {"sentiment": {"test": 1}}},
+        {**results, "tasks": {"sentiment": {}}},
+        {**results, "average": {}, "tasks": {name: {"test": {"accuracy": 1.0}} for name in "ab"}},
+    ):
+        Path("runs/dense/results.json").write_text(json.dumps(damaged))
+        assert main(["compare", "runs/dense"]) == 2
+        assert "runs/dense: a results.json must be what this version of mpoe wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune_single_task"])

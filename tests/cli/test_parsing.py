@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -16,6 +17,7 @@ class Arguments:
     rate: float | None = field(default=None, metadata={"help": "A rate."})
     fast: bool = field(default=True, metadata={"help": "Whether."})
     slow: bool = field(default=False, metadata={"help": "Whether."})
+    kind: Literal["flat", "deep"] = field(default="flat", metadata={"help": "A kind."})
 
 
 def read(*argv):
@@ -56,3 +58,33 @@ def test_help_keeps_the_defaults(capsys):
     with pytest.raises(SystemExit):
         read("--help")
     assert "A count. (default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 1.5}, "count must be what --count takes; got 1.5"),
+        ({"count": True}, "count must be what --count takes; got True"),
+        ({"slow": 3}, "slow must be what --slow takes; got 3"),
+        ({"sizes": [1, "x"]}, r"sizes must be what --sizes takes; got \[1, 'x'\]"),
+        ({"rate": {"a": 1}}, "rate must be what --rate takes"),
+        ({"kind": "round"}, "kind must be what --kind takes; got 'round'"),
+        ({"nothing": 1}, r"unknown config keys \['nothing'\]"),
+    ],
+)
+def test_a_config_files_values_are_read_as_flags_are(values, message, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"name": "n", **values}))
+    with pytest.raises(ValueError, match=f"run.json: {message}"):
+        parse("mpoe test", "A test.", (Arguments,), [str(path)])
+
+
+def test_a_null_leaves_a_flag_out_that_cannot_be_none(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: 5\ncount: null\nkind: null\n")
+    (arguments,), given = parse("mpoe test", "A test.", (Arguments,), [str(path)])
+    assert arguments == Arguments("5")
+    assert given == {"name": "5"}
+    path.write_text("name: null\n")
+    with pytest.raises(ValueError, match="required: --name"):
+        parse("mpoe test", "A test.", (Arguments,), [str(path)])

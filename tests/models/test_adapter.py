@@ -357,6 +357,16 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, base, two):
         (json.dumps({**values, "version": 2}), r"adapter_config\.json must have version 1; got 2: update mpoe"),
         (json.dumps({**values, "mpoe": 1}), r"adapter_config\.json must hold the config of a mixture under 'mpoe'"),
         (json.dumps({**values, "mpoe": {"no": 1}}), r"adapter_config\.json must hold the config .* got \['no'\]"),
+        (
+            json.dumps({**values, "mpoe": {**values["mpoe"], "num_sites": 4}}),
+            "a must be an adapter of this kind",
+        ),
+        (json.dumps({**values, "base_dtypes": 3}), r"adapter_config\.json must be as .*; its base_dtypes is 3"),
+        (
+            json.dumps({**values, "head": {"id2label": [1]}}),
+            r"adapter_config\.json must have a classifier's",
+        ),
+        (json.dumps({**values, "head": {"num_labels": 10**6, "id2label": {"0": "a"}}}), "must have a classifier's"),
         (json.dumps({k: v for k, v in values.items() if k != "base_hash"}), r"config\.json .* it has no 'base_hash'"),
     ):
         config.write_text(text)

@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import mpoe
-from mpoe.models import mixtures
-from tiny import V1_0, V1_1, logits_of, moved, tiny_batch, tiny_t5
+from mpoe.models import load_tokenizer, mixtures
+from tiny import V1_0, V1_1, logits_of, moved, tiny_batch, tiny_t5, tiny_tokenizer
 
 LOAD = """
 import sys, torch, mpoe
@@ -110,3 +111,58 @@ def test_what_is_no_mixture_is_refused(tmp_path):
         mpoe.from_pretrained(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"keys of an MPOEConfig must be among .* got \['num_expert'\]"):
         mpoe.MPOEConfig.from_dict({"num_expert": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "is missing"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:1].clone()}), r"has shape \(1, 32\) instead of"),
+        (lambda tensors, name: tensors.update({name: tensors[name].int()}), r"has torch\.int32 numbers"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_named(change, message, tmp_path):
+    """Transformers makes up what is missing and warns."""
+    trained_model().save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "encoder.block.0.layer.1.DenseReluDense.router.weight"
+    change(tensors, name)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the weights in {tmp_path} must be those of .*; {name} {message}"):
+        mpoe.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": "4"}, "StrictDataclassFieldValidationError"),
+        ({"num_heads": -1}, "RuntimeError"),
+        ({"architectures": ["T5"]}, "must name a model of Transformers"),
+        ({"architectures": [None]}, "must name a model of Transformers"),
+        ({"quantization_config": [1]}, "."),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_one_line_with_the_folder(change, message, tmp_path):
+    trained_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        mpoe.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": []}}}),
+        ("tokenizer_config.json", {"model_max_length": "many"}),
+        ("tokenizer_config.json", {"eos_token": 3}),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line_with_the_folder(file, change, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{tmp_path} must be a folder with") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -363,3 +363,14 @@ def test_a_config_of_another_model_is_refused(options, message):
     tensors = write(base())
     with pytest.raises(ValueError, match=message):
         import_reference(tensors, tiny_t5(**{"version": V1_0, **options}).config)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dropout_rate": 2.0}, {"d_kv": -1}, {"dense_act_fn": "no"}, {"is_gated_act": True}]
+)
+def test_a_config_of_no_model_is_refused(change):
+    config = base().config
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=r"config must be of (a T5 that can be built|T5 v1\.0)"):
+        import_reference(write(base()), config)

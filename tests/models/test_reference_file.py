@@ -75,10 +75,13 @@ def test_damaged_files_are_one_line(tmp_path, name, kept):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.bin"
-    for value in ([1, 2], {"a": 1}, {}):
+    for value in ([1, 2], {"a": 1}, {}, {5: torch.ones(2)}):
         torch.save(value, path)
         with pytest.raises(ValueError, match="must hold a state_dict"):
             read_checkpoint(path)
     torch.save({"a": torch.tensor([1.0, math.nan])}, path)
+    with pytest.raises(ValueError, match="finite floating-point numbers; a is not"):
+        read_checkpoint(path)
+    torch.save({"a": torch.eye(3).to_sparse()}, path)
     with pytest.raises(ValueError, match="finite floating-point numbers; a is not"):
         read_checkpoint(path)

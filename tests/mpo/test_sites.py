@@ -96,3 +96,11 @@ def test_dimensions_that_do_not_multiply_out():
         SiteDims.of(((4, 4, 8, 5), (4, 4, 8, 6)), 768, 768)
     with pytest.raises(ValueError, match=r"output_features = 768 .* = 640\. mpoe\.mpo\.site_dims\(768, 64\)"):
         SiteDims.of(((4, 32, 5), (4, 4, 4)), 768, 64)
+
+
+def test_huge_matrices_are_cut_in_a_moment():
+    """Their divisors are not found by trying every number up to a bond."""
+    dims = site_dims(2_391_506_372, 2**31 - 1, layout="separable")
+    assert 0 <= dims.padded_out - 2_391_506_372 <= 2_391_506_372 // 16
+    with pytest.raises(ValueError, match="out_features must be at most 1099511627776; got 2199023255552"):
+        site_dims(2**41, 8)

@@ -121,3 +121,5 @@ def test_metrics_have_a_row_a_split():
         ["validation", "0.2500", "521"],
         ["test", "-0.1250", "1,522"],
     ]
+    lines = lines_of(metrics_table({**metrics, "dev": {"rows": 3}}, title="cola"))
+    assert cells([line for line in lines if "│" in line][-1]) == ["dev", "-", "3"]

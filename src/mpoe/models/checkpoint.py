@@ -167,7 +167,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     Args:
         config: Of a file that anybody may have written.
     """
-    found = getattr(transformers, (config.architectures or [""])[0], None)
+    found = getattr(transformers, str((config.architectures or [""])[0]), None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 

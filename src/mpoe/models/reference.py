@@ -160,7 +160,7 @@ def _base_on_meta(config: PreTrainedConfig, has_own_head: bool) -> T5ForConditio
     try:
         with torch.device("meta"):
             model = T5ForConditionalGeneration(copy.deepcopy(config))
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config must be of a T5 that can be built; {reason}: correct the config.json") from error
     with torch.device("meta"):

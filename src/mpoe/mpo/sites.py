@@ -18,6 +18,7 @@ PAPER_DIMS = {
     (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
     (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
 }
+MAX_SIZE = 2**40  # of a side: its divisors are found by trying, in time that grows with the root
 MAX_PADDING = 1 / 16  # of a size; beyond that a site without divisors is cheaper than the padding
 
 
@@ -156,6 +157,8 @@ def site_dims(
     for name, value in (("out_features", out_features), ("in_features", in_features)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1; got {value}")
+        if value > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}; got {value}")
     if max_auxiliary_bond is not None and max_auxiliary_bond < 1:
         raise ValueError(f"max_auxiliary_bond must be >= 1; got {max_auxiliary_bond}")
     if auxiliary_sides not in ("both", "narrow") or (auxiliary_sides == "narrow" and layout != "separable"):
@@ -198,10 +201,19 @@ def _separable(out_features: int, in_features: int, max_bond: int | None, narrow
 def _cut(size: int, target: int) -> tuple[int, int]:
     """(end, inner) with end * inner >= size: the least padding whose end is in [target / 2, target]."""
     for padded in range(size, size + int(size * MAX_PADDING) + 1):
-        for end in range(target, (target + 1) // 2 - 1, -1):
-            if end >= 1 and padded % end == 0:
-                return end, padded // end
+        if end := _divisor(padded, max(1, (target + 1) // 2), target):
+            return end, padded // end
     return 1, size
+
+
+def _divisor(size: int, low: int, high: int) -> int | None:
+    """The largest divisor in [low, high]."""
+    if high - low <= math.isqrt(size):
+        return next((end for end in range(high, low - 1, -1) if size % end == 0), None)
+    divisors = {1}
+    for prime in _primes(size):
+        divisors |= {prime * divisor for divisor in divisors}
+    return max((end for end in divisors if low <= end <= high), default=None)
 
 
 def _balanced(out_features: int, in_features: int, num_sites: int, max_bond: int | None) -> SiteDims:
@@ -255,7 +267,7 @@ def _primes(size: int) -> list[int]:
         while size % divisor == 0:
             primes.append(divisor)
             size //= divisor
-        divisor += 1
+        divisor += 1 + divisor % 2  # 2, 3, 5, 7, 9, ..
     if size > 1 or not primes:
         primes.append(size)
     return primes[::-1]

@@ -68,7 +68,7 @@ def _site_dims(folder: Path) -> Any:
         }  # fmt: skip
         case.tried = f"site_dims{sizes} with {rest}"
         found: list[SiteDims] = []
-        fields = ("num_sites", "auxiliary_sides", "max_auxiliary_bond")
+        fields = ("_features", "num_sites", "auxiliary_sides", "max_auxiliary_bond")
         if refusal_of(lambda: found.append(site_dims(*sizes, **rest)), *fields):
             return
         (dims,) = found
@@ -255,9 +255,9 @@ def _mixtures(folder: Path) -> Any:
 
 
 PROPERTIES = (
-    Property("site dimensions", _site_dims, 0.5),
+    Property("site dimensions", _site_dims, 0.3),
     Property("decomposition", _decompose, 0.8),
     Property("MPOEConfig", _configs, 1.2),
-    Property("experts and routers", _mixtures, 1.5),
+    Property("experts and routers", _mixtures, 1.8),
 )
 assert VALID.keys() == {field.name for field in dataclasses.fields(MPOEConfig)}
