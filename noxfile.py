@@ -23,7 +23,7 @@ def tests(session: nox.Session) -> None:
     _install_and_test(session, "-c", "constraints.txt")
 
 
-@nox.session(python="3.11")
+@nox.session
 def oldest(session: nox.Session) -> None:
     """The oldest of everything but torch."""
     _install_and_test(session, "-c", "constraints-oldest.txt")
@@ -35,7 +35,7 @@ def oldest_torch(session: nox.Session) -> None:
     _install_and_test(session, "torch==2.11.0")
 
 
-@nox.session(python="3.11")
+@nox.session
 def newest(session: nox.Session) -> None:
     """Whatever PyPI has today, but for torch, whose newest files bring CUDA's libraries."""
     _install_and_test(session, "torch==2.13.0")
