@@ -97,8 +97,10 @@ def killed(ground):
     return ground / "run" / "checkpoint-2"
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*(("optimizer.pt", form) for form in FORMS), ("scheduler.pt", "zip"), ("rng_state.pth", "zip")],
+)
 def test_the_files_that_a_run_goes_on_from(killed, ground, marker, capsys, name, form):
     plant(killed / name, marker, form)
     seal(killed)  # so that only the pickle guard stands
