@@ -201,6 +201,7 @@ class MPOEConfig:
             value = getattr(self, name)
             optional = name != "offset_scale"
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
+            _require(value is None or value <= 1e6, name, "at most 1e6", value)
         # beyond these, float32 has no such scales
         _require(1e-9 <= self.offset_scale <= 1e6, "offset_scale", "from 1e-9 to 1e6", self.offset_scale)
         for name in (

@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpoe.config import MPOEConfig
 from mpoe.models.families import T5_SIZES
+from mpoe.models.inspect import mpo_experts
 from mpoe.models.upcycle import swap_modules, upcycle
 
 TOKENIZER_FILES = (
@@ -114,7 +115,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
             "is loaded with Transformers and turned into one with mpoe.upcycle"
         )
-    architecture = getattr(transformers, str(names[0]), None)
+    architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(f"the config.json in {path} must name a model of Transformers; its architectures are {names}")
     return load_whole(architecture, path, **kwargs)
@@ -143,7 +144,10 @@ def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
         }
         wrong |= {name: "is missing" for name in info["missing_keys"] if name not in wrong}
         if not getattr(model, "is_quantized", False):
-            whole = {name: p.dtype for name, p in model.named_parameters() if not p.is_floating_point()}
+            tensors = dict(model.named_parameters())
+            for place, experts in mpo_experts(model).items():
+                tensors |= dict(experts.named_buffers(prefix=place))
+            whole = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()}
             wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}
         if wrong:
             name = min(wrong)
