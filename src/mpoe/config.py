@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from mpoe.files import brief
 
 LAYOUTS = ("separable", "balanced")
 GAUGES = ("identity", "central", "sqrt")
@@ -286,7 +285,7 @@ class MPOEConfig:
 
 def _require(holds: object, name: str, must: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {must}; got {brief(value)}")
+        raise ValueError(f"{name} must be {must}; got {reprlib.repr(value)}")
 
 
 def _is_number(value: object) -> bool:
