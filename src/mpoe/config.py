@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from mpoe.files import brief
 
 LAYOUTS = ("separable", "balanced")
 GAUGES = ("identity", "central", "sqrt")
@@ -201,6 +200,7 @@ class MPOEConfig:
             value = getattr(self, name)
             optional = name != "offset_scale"
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
+            _require(value is None or value <= 1e6, name, "at most 1e6", value)
         # beyond these, float32 has no such scales
         _require(1e-9 <= self.offset_scale <= 1e6, "offset_scale", "from 1e-9 to 1e6", self.offset_scale)
         for name in (
@@ -285,7 +285,7 @@ class MPOEConfig:
 
 def _require(holds: object, name: str, must: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {must}; got {brief(value)}")
+        raise ValueError(f"{name} must be {must}; got {reprlib.repr(value)}")
 
 
 def _is_number(value: object) -> bool:

@@ -103,3 +103,13 @@ def test_flags_of_another_kind_of_model_are_refused(tmp_path, capsys, argv, mess
 def test_generate_points_to_predict(tmp_path, capsys):
     bert("classifier")
     assert_refused(["generate", "classifier", "a"], "mpoe predict classifier TEXT", tmp_path, capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys):
+    """Instead of an index that the embedding has not."""
+    bert("small")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForSequenceClassification(BertConfig(vocab_size=8, **sizes)).save_pretrained("small")
+    assert_refused(
+        ["predict", "small", "the film is great"], "in small must be the model's, whose word", tmp_path, capsys
+    )

@@ -137,6 +137,7 @@ def test_weights_that_are_not_the_models_are_named(change, message, tmp_path):
         ({"num_heads": "4"}, "StrictDataclassFieldValidationError"),
         ({"num_heads": -1}, "RuntimeError"),
         ({"architectures": ["T5"]}, "must name a model of Transformers"),
+        ({"architectures": 2}, "must name a model of Transformers"),
         ({"architectures": [None]}, "must name a model of Transformers"),
         ({"quantization_config": [1]}, "."),
     ],

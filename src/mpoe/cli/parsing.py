@@ -72,7 +72,11 @@ def parse(
     given = vars(parser.parse_known_args(argv)[0])
     try:
         parsed = parser.parse_dict(values)
-    except (TypeError, ValueError) as error:  # Transformers' own arguments do not always say which of them is wrong
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # Transformers' own arguments do not always say which of them is wrong
         raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
     return parsed, {name: value for name, value in values.items() if name in given}
 

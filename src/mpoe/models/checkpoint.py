@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpoe.config import MPOEConfig
 from mpoe.files import is_file_name, read_json
 from mpoe.models.families import T5_SIZES
+from mpoe.models.inspect import mpo_experts
 from mpoe.models.pickles import REASON, find_refused
 from mpoe.models.upcycle import swap_modules, upcycle
 
@@ -149,7 +150,10 @@ def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
         }
         wrong |= {name: "is missing" for name in info["missing_keys"] if name not in wrong}
         if not getattr(model, "is_quantized", False):
-            whole = {name: p.dtype for name, p in model.named_parameters() if not p.is_floating_point()}
+            tensors = dict(model.named_parameters())
+            for place, experts in mpo_experts(model).items():
+                tensors |= dict(experts.named_buffers(prefix=place))
+            whole = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()}
             wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}
         if wrong:
             name = min(wrong)
@@ -167,7 +171,8 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     Args:
         config: Of a file that anybody may have written.
     """
-    found = getattr(transformers, str((config.architectures or [""])[0]), None)
+    names = config.architectures
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 

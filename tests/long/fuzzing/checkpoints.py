@@ -64,6 +64,8 @@ def _check_same(model: PreTrainedModel, expected: dict[str, torch.Tensor], raw: 
     assert state.keys() == expected.keys()
     (length,) = struct.unpack("<Q", raw[:8])
     (before,) = struct.unpack("<Q", original[:8])
+    if b'"lm_head.weight"' in original and b'"lm_head.weight"' not in raw:
+        return  # Transformers then gives T5 the embedding's, as to a model that has one table for both
     if raw[8 + length :] == original[8 + before :]:  # only then does no tensor have other bytes
         different = [n for n, v in state.items() if not torch.equal(v.nan_to_num(), expected[n].nan_to_num())]
         assert not different, f"it loads with other values of {different[:3]}"
@@ -218,7 +220,7 @@ def _adapters(folder: Path) -> Callable[[Case], None]:
     def attempt(case: Case) -> None:
         name = _mutate_folder(case, Path("good"), Path("bad"), files)
         if case.random.random() < 0.4:
-            run_command(["predict", "bad", "the film is great"], folder, "bad", "base")
+            run_command(["predict", "bad", "the film is great"], folder, "bad", "base", "../..")
             return
         dense, loaded = load("base"), []
         refusal = refusal_of(lambda: loaded.append(load_adapter(dense, "bad")), "bad")

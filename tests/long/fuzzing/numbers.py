@@ -119,10 +119,11 @@ def _decompose(folder: Path) -> Any:
         assert operator.bond_dims == dims.bond_dims(bond)
         assert all(site.dtype == dtype for site in operator.sites)
         back, norm = operator.to_matrix(), matrix.double().norm().item()
-        eps = torch.finfo(dtype).eps * (30 if gauge == "sqrt" else 10) * math.sqrt(dims.num_sites)
+        eps = torch.finfo(dtype).eps * (50 if gauge == "sqrt" else 30) * math.sqrt(dims.num_sites)
         assert torch.isfinite(back).all()
         if bond is None or dims.bond_dims() == dims.bond_dims(bond):
-            assert (back.double() - matrix.double()).norm() <= eps * norm
+            error = (back.double() - matrix.double()).norm().item()
+            assert error <= eps * norm, f"{error / max(norm, 1e-300):.3g} of the norm, allowed are {eps:.3g}"
             # an arm that is larger than the rest of the chain is cut, by an eigendecomposition
             is_itself = operator.central.numel() == dims.padded_out * dims.padded_in
             assert gauge != "identity" or not is_itself or torch.equal(back, matrix)
