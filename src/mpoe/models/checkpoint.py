@@ -117,12 +117,14 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         asked = {name: kwargs[name] for name in hub_options if name in kwargs}
         config = AutoConfig.from_pretrained(path, **asked)  # nosec B615  # the revision is the user's choice
     written, model_class = getattr(config, "quantization_config", None), class_of(config)
-    is_mixture = isinstance(written, dict) and written.get("quant_method") == MPOEConfig.quant_method
-    if not is_mixture or model_class is None:
+    if not (isinstance(written, dict) and written.get("quant_method") == MPOEConfig.quant_method):
         raise ValueError(
-            f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe', or no "
-            "model of Transformers under architectures. A dense model is loaded with Transformers and turned into one "
-            "with mpoe.upcycle"
+            f"{path} must hold a mixture that mpoe saved; its config.json names no quant_method 'mpoe'. A dense model "
+            "is loaded with Transformers and turned into one with mpoe.upcycle"
+        )
+    if model_class is None:
+        raise ValueError(
+            f"the config.json in {path} must name a model of Transformers; its architectures are {config.architectures}"
         )
     return load_whole(model_class, path, **kwargs)
 
