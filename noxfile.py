@@ -1,6 +1,6 @@
 """The tests on other interpreters and other versions: `pip install nox`, then `nox`, or one session by its name.
 
-nox -s oldest -- tests/training       the oldest versions of pyproject.toml's ranges; part of .ci/run
+nox -s oldest -- tests/training       the oldest versions of pyproject.toml's ranges
 nox -s tests-3.13                      the pinned versions on another Python, where that is installed
 nox -s oldest_torch                    the oldest torch, which brings CUDA's libraries (gigabytes)
 """

@@ -85,6 +85,26 @@ def test_an_interrupted_run_resumes_to_the_same_end(ground, capsys, monkeypatch)
     assert (ground / "run" / weights).read_bytes() == unbroken[weights]
 
 
+def test_a_run_that_died_in_its_final_save_trains_no_step_more(ground):
+    flags = [*FLAGS, "--eval_strategy", "steps", "--eval_steps", "2", "--gradient_mask_prob", "0.5"]
+    assert main(["finetune", *flags]) == 0
+    unbroken = {name: data for name, data in files(ground / "run").items() if len(name.parts) == 1}
+    for name in ("results.json", "model.safetensors", "generation_config.json"):
+        (ground / "run" / name).unlink()
+    assert main(["finetune", *flags]) == 0
+    for name, data in unbroken.items():
+        again = (ground / "run" / name).read_bytes()
+        if name.name == "results.json":
+            first, second = json.loads(data), json.loads(again)
+            clocks = ("seconds_per_step", "tokens_per_second", "peak_memory")
+            assert {k: v for k, v in first.items() if k not in clocks} == {
+                k: v for k, v in second.items() if k not in clocks
+            }
+        else:
+            assert again == data, name
+    assert not (ground / "run" / "checkpoint-5").exists()
+
+
 def test_config_file_and_flags(ground):
     values = {
         "model_name_or_path": "model", "task": "sentiment", "data_dir": "data", "num_experts": 2, "max_steps": 2,

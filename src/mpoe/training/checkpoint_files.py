@@ -78,8 +78,21 @@ def seal(checkpoint: Path) -> None:
     write_json(checkpoint / CHECKSUMS_FILE, sums)
 
 
+class NothingLeft(Exception):  # noqa: N818  # no error
+    """The checkpoint that a run goes on from is that of its last step."""
+
+
 class CheckpointCallback(TrainerCallback):
-    """Seals every checkpoint, and logs the loss before it, which a run that goes on from there would not know."""
+    """Seals every checkpoint, and logs the loss before it, which a run that goes on from there would not know.
+
+    Raises:
+        NothingLeft: When training would begin after its last step, of which the Trainer makes one step more.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer, before the first step too."""
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""

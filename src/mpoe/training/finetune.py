@@ -41,13 +41,13 @@ from mpoe.models.pickles import REASON, find_refused
 from mpoe.nn import Accumulation, RouterStatistics
 from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
-from mpoe.training.checkpoint_files import CheckpointCallback
+from mpoe.training.checkpoint_files import CheckpointCallback, NothingLeft
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
 from mpoe.training.objective import Metrics, Objective
 from mpoe.training.optimizer import TrainedPart, optimizer_for_mpos, trained_parts
 from mpoe.training.run_folder import RunFolder
 from mpoe.training.stop_signals import StopSignals
-from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer
+from mpoe.training.trainer import DeadExpertWarning, KeepGenerationConfig, StepTimer, build_trainer
 
 ADAPTER_FOLDER = "adapter"
 
@@ -167,7 +167,9 @@ def finetune(
     parts = objective.prepare(model, tokenizer, args)
     timer = StepTimer()
     signals = StopSignals()
-    callbacks: list[transformers.TrainerCallback] = [timer, DeadExpertWarning(), CheckpointCallback(), signals]
+    callbacks: list[transformers.TrainerCallback] = [
+        timer, DeadExpertWarning(), KeepGenerationConfig(), CheckpointCallback(), signals,
+    ]  # fmt: skip
     optimizer = mask = None
     if trainable is not None and (trainable.mpo_lr, trainable.auxiliary_weight_decay) != (None, None):
         optimizer = optimizer_for_mpos(model, args, trainable.mpo_lr, trainable.auxiliary_weight_decay)
@@ -249,6 +251,11 @@ def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutpu
     """Train; on from a checkpoint, whose files are read as numbers and never as code."""
     try:
         return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except NothingLeft:  # it died after its last checkpoint: what the Trainer does at its end is left
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        return TrainOutput(trainer.state.global_step, 0.0, {})
     except (pickle.UnpicklingError, EOFError) as error:
         if checkpoint is None:
             raise

@@ -6,6 +6,7 @@ models' own loss does not), so a step is the same however it is cut into micro-b
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from mpoe.models import expert_shares, reset_usage, routers, sum_usage, take_router_loss
 from mpoe.training.arguments import FinetuneTrainingArguments
@@ -135,6 +136,22 @@ class StepTimer(TrainerCallback):
     def median(self) -> float | None:
         """Seconds a step; None if no step was run."""
         return statistics.median(self.seconds) if self.seconds else None
+
+
+@dataclass
+class KeepGenerationConfig(TrainerCallback):
+    """Takes back what an evaluation writes into the model's generation config, and a run without one would not have."""
+
+    config: GenerationConfig | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer, which has just fitted it to the tokenizer."""
+        self.config = copy.deepcopy(getattr(kwargs["model"], "generation_config", None))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if self.config is not None:
+            kwargs["model"].generation_config = copy.deepcopy(self.config)
 
 
 class DeadExpertWarning(TrainerCallback):
