@@ -127,7 +127,7 @@ def test_weights_that_are_not_the_models_are_named(change, message, tmp_path):
     tensors, name = load_file(tmp_path / "model.safetensors"), "encoder.block.0.layer.1.DenseReluDense.router.weight"
     change(tensors, name)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"the weights in {tmp_path} must be those of .*; {name} {message}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} must be .*; {name} {message}"):
         mpoe.from_pretrained(tmp_path)
 
 
@@ -137,8 +137,8 @@ def test_weights_that_are_not_the_models_are_named(change, message, tmp_path):
         ({"num_heads": "4"}, "StrictDataclassFieldValidationError"),
         ({"num_heads": -1}, "RuntimeError"),
         ({"architectures": ["T5"]}, "must name a model of Transformers"),
-        ({"architectures": 2}, "must name a model of Transformers"),
-        ({"architectures": [None]}, "must name a model of Transformers"),
+        ({"architectures": 2}, "must name a model of Transformers|StrictDataclassFieldValidationError"),  # of 5.17
+        ({"architectures": [None]}, "must name a model of Transformers|StrictDataclassFieldValidationError"),
         ({"quantization_config": [1]}, "."),
     ],
 )

@@ -64,6 +64,7 @@ class MPOEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             swap_modules(model, cast(MPOEConfig, self.quantization_config))
+            self._shapes = _shapes(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -72,10 +73,21 @@ class MPOEQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         if self.pre_quantized:
             model.config.quantization_config = config
+            self._check_shapes(model)
         else:
             upcycle(model, config)
         align(model)
         return model
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Before Transformers 5.23, weights of any shape take the place of a quantized model's."""
+        for name, shape in _shapes(model).items():
+            if shape != self._shapes.get(name, shape):
+                must = tuple(self._shapes[name])
+                raise ValueError(
+                    f"the weights must be those of its config.json's model; {name} has shape {tuple(shape)} "
+                    f"instead of {must}: copy both again"
+                )
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether `save_pretrained` may write the model."""
@@ -85,6 +97,10 @@ class MPOEQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether the Trainer may train it."""
         return True
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def align(model: PreTrainedModel) -> None:
