@@ -13,6 +13,7 @@ from mpoe.cli import finetune
 from mpoe.cli.main import main
 from mpoe.models import is_upcycled, mixtures
 from mpoe.nn import MPOExperts
+from mpoe.training.arguments import FinetuneTrainingArguments
 from tiny import FLAGS, assert_refused, run_and_kill, tiny_batch, tiny_t5, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -272,10 +273,26 @@ def test_weights_come_from_another_experiment(ground):
         (["--top_k", "3"], "top_k must be at most num_experts = 2; got 3"),
         (["--capacity_factor", "0"], "capacity_factor must be > 0"),
         (["--second_policy_train", "often"], "invalid choice: 'often'"),
+        (["--resume_from_checkpoint", "run/checkpoint-2"], "resume_from_checkpoint must be left out"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(ground, capsys, flags, message):
     assert_refused(["finetune", *FLAGS, *flags], message, ground, capsys)
+
+
+def test_processes_that_find_no_accelerator_do_not_train_one_by_one(ground, capsys, monkeypatch):
+    """With torchrun, without a GPU and without --use_cpu each would take itself for the only one."""
+    # once Accelerate, which has one process for the whole session, has looked
+    monkeypatch.setattr(finetune, "check_flags", lambda *_: monkeypatch.setenv("WORLD_SIZE", "2"))
+    assert_refused(["finetune", *FLAGS], "2 processes were started", ground, capsys)
+
+
+def test_a_package_that_a_flag_needs_is_named(ground, capsys, monkeypatch):
+    def needs(self):
+        raise ImportError("No package metadata was found for deepspeed>=0.9.3")
+
+    monkeypatch.setattr(FinetuneTrainingArguments, "__post_init__", needs)
+    assert_refused(["finetune", *FLAGS], "need a package that is not installed: No package metadata", ground, capsys)
 
 
 def test_flags_against_what_a_mixture_is_are_refused(ground, capsys):
@@ -337,6 +354,9 @@ def test_an_unfinished_run_is_no_model(ground, capsys):
     Path("run/results.json").unlink()
     capsys.readouterr()
     assert_refused(["predict", "run", "a text"], "repeat its command, which resumes it", ground, capsys)
+    Path("run/checkpoint-2").mkdir()
+    Path("run/checkpoint-2/trainer_state.json").write_text("{}")
+    assert_refused(["predict", "run", "a text"], f"until then there is {Path('run/checkpoint-2')}", ground, capsys)
     assert_refused(["predict", "run"], "the following arguments are required: text", ground, capsys)
 
 

@@ -103,3 +103,34 @@ def test_other_errors_pass_the_guard(tmp_path):
         with pytest.raises(type(error), match=re.escape(str(error))), run.guard():
             raise error
     assert unfinished.exists()
+
+
+def test_nobody_else_trains_in_the_folder(tmp_path):
+    run = claimed(tmp_path / "run", ARGUMENTS)
+    with run.guard():
+        with pytest.raises(ValueError, match="another process trains in"), run.guard():
+            pytest.fail("it was let in")
+        with run.guard(is_main=False):  # another process of the same distributed run
+            pass
+    with run.guard():  # it is free again, and nothing is left of it
+        pass
+    assert {str(name) for name in files(run.path)} == {"run.json"}
+
+
+def test_a_run_that_is_not_known_any_more_names_its_checkpoints(tmp_path):
+    run = claimed(tmp_path / "run", ARGUMENTS)
+    kept = make_checkpoint(run.path, 20)
+    (run.path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"run\.json .* --load_experiment {kept} takes the weights"):
+        RunFolder.open(run.path, ARGUMENTS)
+    (run.path / "run.json").unlink()
+    with pytest.raises(ValueError, match=rf"no run\.json; name another, into which --load_experiment {kept} takes"):
+        RunFolder.open(run.path, ARGUMENTS)
+
+
+def test_another_number_of_rows_a_step_says_what_that_is(tmp_path):
+    claimed(tmp_path / "run", {"rows_a_step": 8})
+    with pytest.raises(
+        ValueError, match=r"rows_a_step: 8 there, 6 now.*is per_device_train_batch_size times processes"
+    ):
+        RunFolder.open(tmp_path / "run", {"rows_a_step": 6})

@@ -7,14 +7,14 @@ import pytest
 
 from mpoe.training.stop_signals import Interrupted, StopSignals
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+EACH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 
 
 def control():
     return SimpleNamespace(should_save=False, should_log=False)
 
 
-@BOTH
+@EACH
 def test_in_training_a_signal_waits_for_the_step_and_its_checkpoint(number, capsys):
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -35,7 +35,7 @@ def test_in_training_a_signal_waits_for_the_step_and_its_checkpoint(number, caps
     assert signal.getsignal(number) is before
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("phase", ["before", "after", "twice"])
 def test_elsewhere_or_twice_it_stops_at_once(number, phase):
     with StopSignals() as signals:
@@ -62,3 +62,12 @@ def test_in_another_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def run(argv: Sequence[str]) -> FinetuneResult:
     # a config file's null leaves a flag out
     asked = {name for name, value in given.items() if value is not None}
     check_flags(data_args, corpus_args, asked)
+    _check_processes(args)
     for name, value in DEFAULTS[data_args.objective].items():
         if name not in asked:
             setattr(args, name, value)
@@ -120,6 +122,20 @@ def _finetune(
     console.print(f"{model_args.model_name_or_path}: {kind}.")
     console.print(trained_table(trained_parts(model, args.learning_rate, trainable.mpo_lr)))
     return finetune(model, tokenizer, objective, args, folder, trainable)
+
+
+def _check_processes(args: FinetuneTrainingArguments) -> None:
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "resume_from_checkpoint must be left out: a run is resumed by its own command, from its last checkpoint; "
+            "--load_experiment FOLDER starts from the weights of another run or of a checkpoint"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:  # each of them would train by itself, in the same folder
+        raise ValueError(
+            f"{started} processes were started, and must find an accelerator each; there is none that torch can use: "
+            "add --use_cpu to train on the CPU, or start one process"
+        )
 
 
 def _objective(

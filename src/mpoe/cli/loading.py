@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_tokenizer, load_whole
 from mpoe.models.adapter_files import adapted_model, is_adapter
+from mpoe.training.checkpoint_files import finished_checkpoints
 from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
 
 Kind = Literal["seq2seq", "causal", "classification"]
@@ -92,5 +93,9 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _base(path: str) -> str:
     """Where the model's config and tokenizer are: the folder or name itself, or that of the adapter's base."""
     if (Path(path) / RUN_FILE).is_file() and not (Path(path) / RESULTS_FILE).is_file():
-        raise ValueError(f"{path} must be a finished run; this one is not: repeat its command, which resumes it")
+        kept = finished_checkpoints(Path(path))
+        meanwhile = f"; until then there is {kept[0]}" if kept else ""
+        raise ValueError(
+            f"{path} must be a finished run; this one is not: repeat its command, which resumes it{meanwhile}"
+        )
     return adapted_model(path).base_name if is_adapter(path) else path

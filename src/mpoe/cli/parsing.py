@@ -78,6 +78,8 @@ def parse(
         OverflowError,
     ) as error:  # Transformers does not always name it
         raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
+    except ImportError as error:  # of a library that a flag is about
+        raise ValueError(f"{path or 'the flags'} need a package that is not installed: {error}") from error
     return parsed, {name: value for name, value in values.items() if name in given}
 
 

@@ -195,7 +195,7 @@ def finetune(
         # the rest, and finds that weight twice unless they are one module.
         model.set_input_embeddings(model.get_input_embeddings())
     trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
-    with signals, folder.guard():
+    with signals, folder.guard(args.process_index == 0):
         done = _train(trainer, folder.checkpoint)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so

@@ -6,11 +6,12 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mpoe.files import read_json, write_json
@@ -19,6 +20,7 @@ from mpoe.training.checkpoint_files import finished_checkpoints, last_checkpoint
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 _UNFINISHED = ".saving"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,20 @@ class RunFolder:
         if not (path / RUN_FILE).is_file():
             raise ValueError(
                 f"output_dir must be new, empty or hold a run of this command; {path} holds other files and no "
-                f"{RUN_FILE}; name another"
+                f"{RUN_FILE}; name another{_way_on(path)}"
             )
-        earlier = read_json(path / RUN_FILE)
+        earlier = _read_run(path)
         if earlier != arguments:
             different = sorted(k for k in {*earlier, *arguments} if earlier.get(k) != arguments.get(k))
             changes = ", ".join(f"{k}: {earlier.get(k, '-')} there, {arguments.get(k, '-')} now" for k in different)
+            rows = (
+                "; rows_a_step is per_device_train_batch_size times processes times gradient_accumulation_steps"
+                if "rows_a_step" in different
+                else ""
+            )
             raise ValueError(
-                f"output_dir {path} holds another run ({changes}); name another folder, or repeat that run"
+                f"output_dir {path} holds another run ({changes}){rows}; repeat that run, or name another folder, into "
+                f"which --load_experiment {path} takes its weights"
             )
         if (path / RESULTS_FILE).is_file():
             return cls(path, arguments, results=read_json(path / RESULTS_FILE))
@@ -84,14 +92,18 @@ class RunFolder:
             raise ValueError(f"output_dir must be writable; {self.path}: {error.strerror}") from error
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Within it, a full disk is one clear error, and what was written in part is deleted.
+    def guard(self, is_main: bool = True) -> Iterator[None]:
+        """Within it nobody else trains here; a full disk is one clear error, and what was written in part is deleted.
+
+        Args:
+            is_main: Whether this process holds the folder; of a distributed run, one does.
 
         Raises:
-            ValueError: The disk is full.
+            ValueError: Another process trains in the folder, or the disk is full.
         """
         try:
-            yield
+            with self._held() if is_main else nullcontext():
+                yield
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_full_disk(error, self.path):
                 raise
@@ -103,6 +115,26 @@ class RunFolder:
                 f"output_dir must have room for checkpoints and the model; the disk of {self.path} is full. Make room, "
                 f"and the same command {then}"
             ) from error
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The folder as this process's own, until it ends in whatever way."""
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"output_dir must be no run's that is going on; another process trains in {self.path}. Wait for it, or "
+                "stop it: then the same command goes on from its last checkpoint"
+            ) from error
+        except (NotImplementedError, OSError):  # a file system without locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / _LOCK).unlink(missing_ok=True)
 
     def save(self, write_model: Callable[[str], None], results: dict[str, Any], is_main: bool = True) -> None:
         """Write the model's files, then the results; every file appears under its name only when it is complete.
@@ -122,6 +154,19 @@ class RunFolder:
             file.replace(self.path / file.name)
         unfinished.rmdir()
         write_json(self.path / RESULTS_FILE, results)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / RUN_FILE)
+    except ValueError as error:
+        raise ValueError(f"{error}. Write it anew, or name another folder{_way_on(path)}") from error
+
+
+def _way_on(path: Path) -> str:
+    """What can be done with the checkpoints of a run that is not known any more."""
+    kept = finished_checkpoints(path)
+    return f", into which --load_experiment {kept[0]} takes the weights that are there" if kept else ""
 
 
 def _is_full_disk(error: Exception, path: Path) -> bool:

@@ -25,8 +25,11 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(number, saved)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class StopSignals(TrainerCallback):
-    """Catches SIGINT and SIGTERM in a `with` block, in the main thread.
+    """Catches SIGINT, SIGTERM and SIGHUP in a `with` block, in the main thread; SIGHUP not under nohup.
 
     While the Trainer trains, the first one ends the run after the step that is under way, with a checkpoint; a second
     one stops at once, as the first does elsewhere in the block. Of several processes each may get its signal in another
@@ -44,7 +47,11 @@ class StopSignals(TrainerCallback):
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._handle)
+                for number in SIGNALS
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(
