@@ -51,11 +51,17 @@ class MPOEConfig:
         site_dims: Site dimensions by matrix shape, for those who want their own:
             `{"3072x768": [[4, 4, 8, 6, 4], [3, 4, 4, 4, 4]]}`, outputs first; `"o:768x768"` is for the matrices called
             "o" alone. Shapes not named are planned.
+        matrices: Single matrices by their full name in the dense model, with site dimensions and inner bonds of their
+            own: `{"encoder.block.0.layer.1.DenseReluDense.wi": {"site_dims": [[192, 16, 1], [1, 2, 384]],
+            "bonds": [100, 200]}}`. `mpoe compress` writes it.
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
             singular values on both sides of every bond, as in the reference implementation; at the learning rate that
             suits the other two it learned nothing, its central tensors' elements being tens of times smaller
             (docs/results.md).
+        auxiliary_start: Whether an auxiliary tensor is an offset from what it started as (see `offset_scale`), which is
+            kept beside it. Without, it is its own parameter: smaller, and the learning rate of the whole model does not
+            suit it. `mpoe compress` writes such models.
         share_central: Whether the experts of a layer share its central tensor. Without, each expert is an MPO of its
             own: larger than whole experts, and only there to be compared with.
         feed_forward: Where a model keeps its feed-forward networks, if no row of `mpoe.models.families` says so: the
@@ -121,7 +127,9 @@ class MPOEConfig:
     word_embed_bond_dim: int | None = None
     attention_bond_dim: int | None = None
     site_dims: dict[str, Any] | None = None
+    matrices: dict[str, Any] | None = None
     gauge: str = "identity"
+    auxiliary_start: bool = True
     share_central: bool = True
     feed_forward: dict[str, Any] | None = None
     stacks: tuple[str, ...] | None = None
@@ -216,7 +224,7 @@ class MPOEConfig:
             "share_central", "True, or False for a mixture of MPOs (mpo_layers with 'mlp')", self.share_central,
         )  # fmt: skip
         _require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
-        for name in ("is_scale_prob", "router_input_norm", "tied_head"):
+        for name in ("is_scale_prob", "router_input_norm", "auxiliary_start", "tied_head"):
             value, is_optional = getattr(self, name), name == "tied_head"
             must = "True, False or None" if is_optional else "True or False"
             _require(isinstance(value, bool) or (is_optional and value is None), name, must, value)
@@ -224,6 +232,10 @@ class MPOEConfig:
         _require(
             _are_site_dims(self.site_dims),
             "site_dims", 'None or site dimensions by shape, {"3072x768": [[192, 16, 1], [1, 2, 384]]}', self.site_dims,
+        )  # fmt: skip
+        _require(
+            _are_matrices(self.matrices), "matrices",
+            'None or, by name, {"site_dims": [[192, 16, 1], [1, 2, 384]], "bonds": [100, 200]}', self.matrices,
         )  # fmt: skip
         described = self.feed_forward
         _require(
@@ -305,10 +317,31 @@ def _are_site_dims(value: object) -> bool:
     if value is None:
         return True
     return isinstance(value, dict) and all(
-        isinstance(shape, str)
-        and re.fullmatch(r"([^:]+:)?\d+x\d+", shape)
-        and isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(isinstance(side, list | tuple) and all(map(_is_count, side)) for side in pair)
+        isinstance(shape, str) and re.fullmatch(r"([^:]+:)?\d+x\d+", shape) and _is_pair(pair)
         for shape, pair in value.items()
+    )
+
+
+def _are_matrices(value: object) -> bool:
+    """None, or site dimensions and one bond between any two sites, by name."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(own, dict)
+        and own.keys() == {"site_dims", "bonds"}
+        and _is_pair(own["site_dims"])
+        and isinstance(own["bonds"], list | tuple)
+        and all(map(_is_count, own["bonds"]))
+        and len(own["bonds"]) == len(own["site_dims"][0]) - 1
+        for name, own in value.items()
+    )
+
+
+def _is_pair(value: object) -> bool:
+    """Output dimensions and input dimensions."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(side, list | tuple) and all(map(_is_count, side)) for side in value)
     )

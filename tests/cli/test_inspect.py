@@ -1,5 +1,6 @@
 """`mpoe inspect --scale` and `--plan` as a user types them; the parameter table is in test_commands.py."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 
 import mpoe
 from mpoe.cli.main import main
-from tiny import assert_refused, tiny_t5
+from tiny import assert_refused, tiny_t5, tiny_tokenizer
 from tiny_families import tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -155,3 +156,44 @@ def test_the_docs_show_what_the_command_prints(capsys, command, output):
 def test_the_docs_show_all_the_models_they_speak_of():
     shown = {command.split()[2] for command, _ in SHOWN}
     assert shown == {"t5-base", "t5-3b", "t5-11b", "llama-2-7b", "llama-2-70b"}
+
+
+def read_json(capsys, *command):
+    assert main(["inspect", *command, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_every_matrix_and_what_was_asked_for(capsys):
+    found = read_json(capsys, "t5-small", "--num_experts", "4", "--plan", "32", "--scale", "8")
+    mixture = found["columns"]["4 experts"]
+    assert found["columns"]["dense"]["matrices"] == []
+    assert len(mixture["matrices"]) == 24
+    assert sum(m["central"] + m["auxiliary"] for m in mixture["matrices"]) == sum(
+        mixture["parameters"][part] for part in ("central", "auxiliary")
+    )
+    assert {matrix["error"] for matrix in mixture["matrices"]} == {0.0}
+    assert {row["tokens"] for row in mixture["plan"]} == {32}
+    assert {row["devices"] for row in mixture["scale"]} == {8}
+
+
+def test_the_error_of_a_truncation_is_that_of_the_mixture(tmp_path, capsys):
+    dense = tiny_t5()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    predicted = read_json(capsys, str(tmp_path / "dense"), "--linear_trunc", "6")["columns"]["8 experts"]["matrices"]
+    mpoe.upcycle(dense, mpoe.MPOEConfig(max_bond_dim=6)).save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer().save_pretrained(tmp_path / "mixture")
+    saved = str(tmp_path / "mixture")
+    unknown = read_json(capsys, saved)["columns"]["saved mixture"]["matrices"]
+    assert {matrix["error"] for matrix in unknown} == {None}
+    measured = read_json(capsys, saved, "--base", str(tmp_path / "dense"))["columns"]["saved mixture"]["matrices"]
+    assert [m["name"] for m in measured] == [m["name"] for m in predicted]
+    for found, expected in zip(measured, predicted, strict=True):
+        assert found["error"] == pytest.approx(expected["error"], rel=1e-3)
+        assert found["error"] > 0.1
+    lines = printed(capsys, saved, "--base", str(tmp_path / "dense"))
+    assert any("DenseReluDense" in line for line in lines)
+
+
+def test_a_base_is_for_saved_mixtures(tmp_path, capsys):
+    assert_refused(["inspect", "t5-small", "--base", "t5-small"], "base is about a saved mixture", tmp_path, capsys)

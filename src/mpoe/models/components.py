@@ -106,7 +106,7 @@ def _experts_like(layer: nn.Module, name: str, config: MPOEConfig, component: st
             weight.shape[1],
             config,
             component,
-            name.rpartition(".")[2],
+            name,
             bias="none" if bias is None else "shared",
         )
     experts.requires_grad_(weight.requires_grad).to(weight.dtype)

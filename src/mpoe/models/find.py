@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mpoe.config import MPOEConfig
@@ -69,6 +70,35 @@ class FoundEmbedding:
     table: str
     users: tuple[str, ...]
     head: str | None
+
+
+def find_matrices(dense: PreTrainedModel, config: MPOEConfig) -> dict[str, str]:
+    """Every matrix that a config asks to change, and where upcycling puts its experts.
+
+    Args:
+        dense: A dense model, or one of its class on the meta device.
+        config: What it becomes, or has become; with a known `tied_head`.
+
+    Returns:
+        By the full name of the matrix's layer in the dense model: the full name of its experts in the mixture.
+
+    Raises:
+        ValueError: As the three functions below.
+    """
+    kind, components, found = dense.config.model_type, config.mpo_layers, {}
+    if config.is_mixture or "mlp" in components:
+        for feed_forward in find_feed_forwards(dense, kind, config):
+            names = feed_forward.names
+            for name, experts in ((names.up, "up"), (names.gate, "gate"), (names.down, "down")):
+                if name is not None:
+                    found[f"{feed_forward.name}.{name}"] = f"{feed_forward.place}.{experts}"
+    linears = find_attention(dense, kind, config) if "attention" in components else []
+    if "word_embed" in components:
+        embedding = find_embedding(dense, kind)
+        linears.append(embedding.table)
+        if embedding.head is not None and not config.tied_head:
+            linears.append(embedding.head)
+    return found | {name: f"{name}.experts" for name in linears}
 
 
 def find_feed_forwards(model: nn.Module, model_type: str, config: MPOEConfig) -> list[FoundFeedForward]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.models.inspect import mpo_experts
-from mpoe.mpo import SiteDims, site_dims
+from mpoe.mpo import Caps, SiteDims, site_dims
 from mpoe.nn import MatrixCache, MPOExperts
 
 
@@ -26,15 +26,16 @@ def empty_mpo(
         in_features: Columns, count.
         config: Layout, sites, bonds and gauge.
         component: Of `mpoe.config.COMPONENTS`; each has its own truncation.
-        name: Of the matrix in its module, "wo" or "q".
+        name: Full name of the matrix in the dense model; its last part, "wo" or "q", is its name in its module.
         num_experts: E, count.
         bias: See `MPOExperts`.
 
     Raises:
-        ValueError: `config.site_dims` that do not fit the matrix.
+        ValueError: Site dimensions of the config that do not fit the matrix.
     """
     shape, own = f"{out_features}x{in_features}", config.site_dims or {}
-    given = own.get(f"{name}:{shape}", own.get(shape))
+    alone = (config.matrices or {}).get(name)
+    given = own.get(f"{name.rpartition('.')[2]}:{shape}", own.get(shape)) if alone is None else alone["site_dims"]
     dims = (
         site_dims(
             out_features,
@@ -47,12 +48,15 @@ def empty_mpo(
         if given is None
         else SiteDims.of(given, out_features, in_features)
     )
-    max_bond_dim = {
+    caps: dict[str, Caps] = {
         "mlp": config.max_bond_dim,
         "attention": config.attention_bond_dim,
         "word_embed": config.word_embed_bond_dim,
-    }[component]
-    return MPOExperts(dims, num_experts, max_bond_dim, config.gauge, config.offset_scale, bias)
+    }
+    bonds = caps[component] if alone is None else tuple(alone["bonds"])
+    return MPOExperts(
+        dims, num_experts, bonds, config.gauge, config.offset_scale, bias, has_start=config.auxiliary_start
+    )
 
 
 def set_compute(model: nn.Module, config: MPOEConfig) -> None:

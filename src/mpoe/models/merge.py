@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpoe.models.find import find_embedding, find_feed_forwards
+from mpoe.models.find import find_embedding, find_matrices
 from mpoe.models.router_loss import mpoe_config
-from mpoe.nn import Experts, FrozenBaseExperts, MoEFeedForward, MPOEmbedding, MPOLinear
+from mpoe.nn import Experts, FrozenBaseExperts
 
 
 @torch.no_grad()
@@ -45,34 +45,41 @@ def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
     count = config.num_experts if config.is_mixture else 1
     if expert is not None and not 0 <= expert < count:
         raise ValueError(f"expert must be None or in 0..{count - 1}; got {expert}")
+    dense = empty_like(model)
+    share(model, dense)
+    for name, place in find_matrices(dense, config).items():
+        experts = cast(Experts, model.get_submodule(place))
+        _fill(dense.get_submodule(name), experts, expert if experts.num_experts > 1 else 0, name)
+    if "word_embed" in config.mpo_layers:
+        found = find_embedding(dense, model.config.model_type)
+        for name in (*found.users, *((found.head,) if found.head and config.tied_head else ())):
+            dense.get_submodule(name).weight = dense.get_parameter(f"{found.table}.weight")
+    return dense
+
+
+def empty_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A dense model of the class and in the mode of another one, on the meta device.
+
+    Args:
+        model: Dense or a mixture.
+    """
     dense_config = copy.deepcopy(model.config)
-    del dense_config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(dense_config, "quantization_config"):
+        delattr(dense_config, "quantization_config")
     with torch.device("meta"):
         dense = type(model)(dense_config)
-    _share(model, dense)
-    kind = model.config.model_type
-    if config.is_mixture or "mlp" in config.mpo_layers:
-        for found in find_feed_forwards(dense, kind, config):
-            mixture, names = cast(MoEFeedForward, model.get_submodule(found.place)), found.names
-            for name, experts in ((names.up, mixture.up), (names.gate, mixture.gate), (names.down, mixture.down)):
-                if name is not None and experts is not None:
-                    _fill(found.linear(name), experts, expert, f"{found.name}.{name}")
-    for name, module in model.named_modules():
-        if isinstance(module, MPOLinear):
-            _fill(dense.get_submodule(name), module.experts, 0, name)
-    if "word_embed" in config.mpo_layers:
-        found = find_embedding(dense, kind)
-        embedding = cast(MPOEmbedding, model.get_submodule(found.table))
-        table = nn.Parameter(embedding.experts.expert_matrix(0))
-        for name in (found.table, *found.users, *((found.head,) if found.head and config.tied_head else ())):
-            dense.get_submodule(name).weight = table
     if model.can_generate():
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
 
 
-def _share(model: nn.Module, dense: nn.Module) -> None:
-    """Give the dense model what both have; what is one tensor in the mixture is one in it."""
+def share(model: nn.Module, dense: nn.Module) -> None:
+    """Give a model what another one has under the same name; what is one tensor there is one here.
+
+    Args:
+        model: Has them.
+        dense: Gets them.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for prefix, module in dense.named_modules(remove_duplicate=False):
@@ -93,7 +100,7 @@ def _fill(layer: nn.Module, experts: Experts, expert: int | None, name: str) -> 
     if experts.bias is None:
         return
     bias = experts.bias.mean(dim=0) if expert is None else experts.bias[min(expert, len(experts.bias) - 1)]
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         layer.bias = nn.Parameter(bias.clone())
     elif bias.any():
         raise ValueError(

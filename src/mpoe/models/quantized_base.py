@@ -45,10 +45,17 @@ def frozen_base_experts(
         ValueError: A layout, gauge, truncation or site dimensions whose central tensor is not the layer's own matrix,
             or whole experts.
     """
-    if config.layout != "separable" or config.gauge != "identity" or config.max_bond_dim is not None:
+    if (
+        config.layout != "separable"
+        or config.gauge != "identity"
+        or config.max_bond_dim is not None
+        or config.matrices
+        or not config.auxiliary_start
+    ):
         raise ValueError(
-            f"a quantised base needs layout 'separable', gauge 'identity' and max_bond_dim None, so that the central "
-            f"tensor is its own weight; got {config.layout!r}, {config.gauge!r} and {config.max_bond_dim} for {name}"
+            "a quantised base needs layout 'separable', gauge 'identity', max_bond_dim and matrices None, and "
+            f"auxiliary_start, so that the central tensor is its own weight; got {config.layout!r}, {config.gauge!r}, "
+            f"{config.max_bond_dim}, {brief(config.matrices)} and {config.auxiliary_start} for {name}"
         )
     if "mlp" not in config.mpo_layers:
         raise ValueError(

@@ -17,6 +17,7 @@ from mpoe.models.find import (
     find_attention,
     find_embedding,
     find_feed_forwards,
+    find_matrices,
     matrix_of,
 )
 from mpoe.models.inspect import is_upcycled
@@ -110,11 +111,16 @@ def _find(model: PreTrainedModel, config: MPOEConfig) -> _Found:
             f"routing {config.routing!r} must be of inputs that are there as a whole; a decoder's tokens must not see "
             "those after them, and would. Choose stacks: encoder, or routing 'token'"
         )
-    return _Found(
-        feed_forwards,
-        find_attention(model, kind, config) if "attention" in components else [],
-        find_embedding(model, kind) if "word_embed" in components else None,
-    )
+    embedding = find_embedding(model, kind) if "word_embed" in components else None
+    if config.matrices:
+        known = find_matrices(model, config if embedding is None else with_tied_head(model, embedding, config))
+        if unknown := sorted(config.matrices.keys() - known.keys()):
+            raise ValueError(
+                f"matrices must name layers that become MPOs, like {next(iter(known))}; got {unknown[0]}: correct the "
+                "name, or mpo_layers"
+            )
+    attention = find_attention(model, kind, config) if "attention" in components else []
+    return _Found(feed_forwards, attention, embedding)
 
 
 def _replace_others(model: PreTrainedModel, found: _Found, config: MPOEConfig, load: bool) -> None:
@@ -144,7 +150,8 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
             num_experts = config.num_experts if config.is_mixture else 1
             return frozen_base_experts(linear, config, name, num_experts, _bias_kind(config, has_bias, name))
         with torch.device(weight.device):
-            empty = _empty_experts(weight.shape[0], weight.shape[1], config, name, _bias_kind(config, has_bias, name))
+            full, kind = f"{feed_forward.name}.{name}", _bias_kind(config, has_bias, name)
+            empty = _empty_experts(weight.shape[0], weight.shape[1], config, full, kind)
         empty.requires_grad_(weight.requires_grad)
         return empty.to(weight.dtype)
 
@@ -183,7 +190,7 @@ def _bias_kind(config: MPOEConfig, has_bias: bool, name: str) -> str:
 def _empty_experts(out_features: int, in_features: int, config: MPOEConfig, name: str, bias: str) -> Experts:
     if "mlp" not in config.mpo_layers:
         return DenseExperts(out_features, in_features, config.num_experts, bias)
-    num_experts, name = config.num_experts if config.is_mixture else 1, name.rpartition(".")[2]
+    num_experts = config.num_experts if config.is_mixture else 1
     if not config.share_central:
         alone = [empty_mpo(out_features, in_features, config, "mlp", name) for _ in range(num_experts)]
         return UnsharedMPOExperts(alone, bias)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mpoe.mpo.operator import MPO
-from mpoe.mpo.sites import SiteDims
+from mpoe.mpo.sites import Caps, SiteDims
 
 GRAM_BLOCK = 2**20  # elements that are converted to float64 at once: 8 MiB, which caches hold
 
@@ -23,7 +23,7 @@ GRAM_BLOCK = 2**20  # elements that are converted to float64 at once: 8 MiB, whi
 def decompose(
     matrix: Float[Tensor, "out_features in_features"],
     site_dims: SiteDims | Sequence[Sequence[int]],
-    max_bond_dim: int | None = None,
+    max_bond_dim: Caps = None,
     gauge: str = "identity",
 ) -> MPO:
     """Write a matrix as an MPO.
@@ -31,7 +31,8 @@ def decompose(
     Args:
         matrix: W, of any floating dtype; finite.
         site_dims: From `mpoe.mpo.site_dims`, or a pair (output dimensions, input dimensions).
-        max_bond_dim: Keep at most this many singular values on every bond, count, >= 1; None is exact.
+        max_bond_dim: Keep at most this many singular values on every bond, count, >= 1, or one number for each inner
+            bond; None is exact.
         gauge: "identity": wherever a bond loses nothing the auxiliary tensors are identities, so at full bonds the
             central tensor is the matrix itself and no decomposition is computed; a truncated bond is as in "central".
             "central": the auxiliary tensors are isometries, the central tensor carries the norm. "sqrt": every bond
@@ -51,7 +52,7 @@ def decompose(
         raise ValueError(f"need a floating-point matrix; got shape {tuple(matrix.shape)} of {matrix.dtype}")
     if gauge not in ("identity", "central", "sqrt"):
         raise ValueError(f"gauge must be 'identity', 'central' or 'sqrt'; got {gauge!r}")
-    if max_bond_dim is not None and max_bond_dim < 1:
+    if isinstance(max_bond_dim, int) and max_bond_dim < 1:
         raise ValueError(f"max_bond_dim must be >= 1; got {max_bond_dim}")
     dims = _as_site_dims(site_dims, *matrix.shape)
     if not all(torch.isfinite(extreme) for extreme in torch.aminmax(matrix)):  # one pass; a NaN is both extremes
@@ -81,7 +82,7 @@ def truncation_error(operator: MPO, matrix: Float[Tensor, "out_features in_featu
 def truncation_bound(
     matrix: Float[Tensor, "out_features in_features"],
     site_dims: SiteDims | Sequence[Sequence[int]],
-    max_bond_dim: int,
+    max_bond_dim: int | tuple[int, ...],
 ) -> float:
     """An upper bound on the relative Frobenius error of `decompose(matrix, site_dims, max_bond_dim)`, dimensionless.
 

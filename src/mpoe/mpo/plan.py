@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from mpoe.mpo.contraction import apply_order, bucket, products
 from mpoe.mpo.machine import CPU, Count, Machine, Product
-from mpoe.mpo.sites import SiteDims
+from mpoe.mpo.sites import Caps, SiteDims
 
 WAYS = ("apply", "rebuild", "cached")
 PANEL_ROWS = 1024  # tokens that go through the separable layout together, see mpoe.nn.panels
@@ -100,7 +100,7 @@ class PlanRow:
 
 def plan(
     dims: SiteDims,
-    max_bond_dim: int | None,
+    max_bond_dim: Caps,
     num_experts: int,
     tokens: int,
     active_experts: int | None = None,
@@ -151,7 +151,7 @@ def plan(
 
 def plan_rows(
     dims: SiteDims,
-    max_bond_dim: int | None,
+    max_bond_dim: Caps,
     num_experts: int,
     token_counts: Iterable[int],
     dtype_bytes: int = 4,
@@ -191,7 +191,7 @@ def expected_active(num_experts: int, tokens: int) -> float:
 @lru_cache(maxsize=4096)
 def _plan(
     dims: SiteDims,
-    max_bond_dim: int | None,
+    max_bond_dim: Caps,
     num_experts: int,
     tokens: int,
     active_experts: int | None,

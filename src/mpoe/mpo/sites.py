@@ -18,6 +18,8 @@ PAPER_DIMS = {
     (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
     (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
 }
+Caps = int | tuple[int, ...] | None
+"""The largest bonds of a truncated MPO: one number for all, one for each of the m - 1 inner bonds; None: full bonds."""
 MAX_SIZE = 2**40  # of a side: its divisors are found by trying, in time that grows with the root
 MAX_PADDING = 1 / 16  # of a size; beyond that a site without divisors is cheaper than the padding
 
@@ -100,26 +102,42 @@ class SiteDims:
             o == 1 for o in self.out_dims[self.central + 1 :]
         )
 
-    def bond_dims(self, max_bond_dim: int | None = None) -> tuple[int, ...]:
+    def bond_dims(self, max_bond_dim: Caps = None) -> tuple[int, ...]:
         """The bonds d_0 .. d_m, d_0 = d_m = 1.
 
         Args:
-            max_bond_dim: At most this many on each bond, count, >= 1; None is full bonds,
-                d_k = min(prod_{n<=k} o_n i_n, prod_{n>k} o_n i_n).
+            max_bond_dim: At most this many on each bond, count, >= 1, or a number for each of d_1 .. d_{m-1}; None is
+                full bonds, d_k = min(prod_{n<=k} o_n i_n, prod_{n>k} o_n i_n).
+
+        Raises:
+            ValueError: Not one number >= 1 for each inner bond.
 
         Source: MPOE (Gao et al., COLING 2022), §2.
         """
         sizes = [o * i for o, i in zip(self.out_dims, self.in_dims, strict=True)]
         total = math.prod(sizes)
         full = (min(left, total // left) for left in accumulate(sizes, mul, initial=1))
-        return tuple(min(bond, max_bond_dim or bond) for bond in full)
+        if not isinstance(max_bond_dim, tuple):
+            return tuple(min(bond, max_bond_dim or bond) for bond in full)
+        if len(max_bond_dim) != self.num_sites - 1 or min(max_bond_dim, default=1) < 1:
+            raise ValueError(
+                f"an MPO of {self.num_sites} sites must have {self.num_sites - 1} inner bonds, each >= 1; got "
+                f"{list(max_bond_dim)}"
+            )
+        bonds = [min(pair) for pair in zip(full, (1, *max_bond_dim, 1), strict=True)]
+        # a bond is never wider than what its neighbour and the site between them can carry
+        for k in range(1, self.num_sites):
+            bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1])
+        for k in range(self.num_sites - 1, 0, -1):
+            bonds[k] = min(bonds[k], bonds[k + 1] * sizes[k])
+        return tuple(bonds)
 
-    def site_shapes(self, max_bond_dim: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
+    def site_shapes(self, max_bond_dim: Caps = None) -> tuple[tuple[int, int, int, int], ...]:
         """The shape (d_{k-1}, o_k, i_k, d_k) of every site tensor."""
         bonds = self.bond_dims(max_bond_dim)
         return tuple(zip(bonds[:-1], self.out_dims, self.in_dims, bonds[1:], strict=True))
 
-    def num_parameters(self, max_bond_dim: int | None = None) -> tuple[int, int]:
+    def num_parameters(self, max_bond_dim: Caps = None) -> tuple[int, int]:
         """Elements of the central tensor, and of all auxiliary tensors together."""
         counts = [math.prod(shape) for shape in self.site_shapes(max_bond_dim)]
         return counts[self.central], sum(counts) - counts[self.central]
@@ -175,6 +193,21 @@ def site_dims(
     if num_sites < 1 or num_sites % 2 == 0:
         raise ValueError(f"num_sites must be odd and >= 1; got {num_sites}")
     return _balanced(out_features, in_features, num_sites, max_auxiliary_bond)
+
+
+def low_rank_dims(out_features: int, in_features: int) -> SiteDims:
+    """The site dimensions at which an MPO is a plain low-rank factorisation W = A B, of r (out + in) parameters.
+
+    The factor on the narrow side is the auxiliary tensor, the other one the central tensor. The third site, of one
+    element, is there because an MPO has a middle; its bond is 1. Truncated, it is the singular value decomposition.
+
+    Args:
+        out_features: Rows, count.
+        in_features: Columns, count.
+    """
+    if out_features < in_features:
+        return SiteDims((out_features, 1, 1), (1, in_features, 1), out_features, in_features)
+    return SiteDims((1, out_features, 1), (1, 1, in_features), out_features, in_features)
 
 
 def _separable(out_features: int, in_features: int, max_bond: int | None, narrow_only: bool) -> SiteDims:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mpoe.mpo import MPO, SiteDims, decompose, machine_of, plan
+from mpoe.mpo import MPO, Caps, SiteDims, decompose, machine_of, plan
 from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.autocast import compute_dtype, without_autocast
 from mpoe.nn.grouped import Counts, active, blockwise, linear, linear_per_expert, rows_of_experts
@@ -36,10 +36,11 @@ class MPOExperts(nn.Module):
     Args:
         dims: Site dimensions.
         num_experts: E, count.
-        max_bond_dim: Truncation, count; None is exact.
+        max_bond_dim: Truncation, count, of every bond or one for each inner bond; None is exact.
         gauge: See `mpoe.mpo.decompose`.
         offset_scale: See `MPOEConfig.offset_scale`.
         bias: "none", "shared" by all experts, or one for each "expert".
+        has_start: Whether there is a start; without one the parameters are the auxiliary tensors themselves.
 
     Attributes:
         central: The shared central tensor (a, o, i, b).
@@ -58,10 +59,11 @@ class MPOExperts(nn.Module):
         self,
         dims: SiteDims,
         num_experts: int,
-        max_bond_dim: int | None = None,
+        max_bond_dim: Caps = None,
         gauge: str = "identity",
         offset_scale: float = 0.3,
         bias: str = "none",
+        has_start: bool = True,
     ) -> None:
         super().__init__()
         self.dims = dims
@@ -69,6 +71,7 @@ class MPOExperts(nn.Module):
         self.max_bond_dim = max_bond_dim
         self.gauge = gauge
         self.offset_scale = offset_scale
+        self.has_start = has_start
         shapes = dims.site_shapes(max_bond_dim)
         self.central = nn.Parameter(torch.empty(shapes[dims.central]))
         self.offsets = nn.ParameterList(torch.empty(num_experts, *shapes[k]) for k in dims.auxiliary)
@@ -81,11 +84,11 @@ class MPOExperts(nn.Module):
         self.register_buffer("scales", torch.empty(len(dims.auxiliary)))
         # In the identity gauge a square start is the unit matrix, which is not stored.
         self._unit_starts = tuple(
-            gauge == "identity" and _is_square(shapes[k], k < dims.central) for k in dims.auxiliary
+            has_start and gauge == "identity" and _is_square(shapes[k], k < dims.central) for k in dims.auxiliary
         )
         self._is_number = tuple(math.prod(shapes[k]) == 1 for k in dims.auxiliary)
         for k, is_unit in zip(dims.auxiliary, self._unit_starts, strict=True):
-            if not is_unit:
+            if has_start and not is_unit:
                 self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
 
     @property
@@ -108,6 +111,10 @@ class MPOExperts(nn.Module):
         central_rms = root_mean_square(operator.central) or 1.0
         for n, (k, is_unit) in enumerate(zip(self.dims.auxiliary, self._unit_starts, strict=True)):
             start = operator.sites[k]
+            if not self.has_start:
+                self.scales[n] = 1
+                self.offsets[n].copy_(start)
+                continue
             self.scales[n] = self.offset_scale * root_mean_square(start) / central_rms
             self.offsets[n].zero_()
             if not is_unit:
@@ -123,7 +130,8 @@ class MPOExperts(nn.Module):
             generator: A CPU generator, so that every device draws the same.
         """
         for n, offset in enumerate(self.offsets):
-            std = relative_std * root_mean_square(self._start(n)) / self.scales[n].item()
+            shared = self._start(n) if self.has_start else offset
+            std = relative_std * root_mean_square(shared) / self.scales[n].item()
             offset.add_(torch.randn(offset.shape, generator=generator).to(offset) * std)
 
     def expert(self, index: int) -> MPO:
@@ -266,6 +274,8 @@ class MPOExperts(nn.Module):
     def _start(self, n: int) -> Tensor:
         """What the n-th auxiliary tensor of every expert starts as, (d_{k-1}, o_k, i_k, d_k)."""
         k, shape = self.dims.auxiliary[n], self.offsets[n].shape[1:]
+        if not self.has_start:
+            return self.central.new_zeros(()).expand(shape)  # of no memory
         if not self._unit_starts[n]:
             return self.get_buffer(f"start_{k}")
         size = shape[3] if k < self.dims.central else shape[0]

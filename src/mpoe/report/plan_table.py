@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from mpoe.mpo.machine import Machine
-from mpoe.mpo.plan import plan_rows
+from mpoe.mpo.plan import PlanRow, plan_rows
 from mpoe.nn import MPOExperts
 
 PLAN_TOKENS = (1, 32, 512, 4096)
@@ -20,8 +20,8 @@ PLAN_LEGEND = (
 )
 
 
-def plan_table(experts: MPOExperts, token_counts: Sequence[int], machine: Machine, needs_grad: bool) -> Table:
-    """One row a way, for several numbers of tokens; the chosen one first and marked.
+def rows_of_plan(experts: MPOExperts, token_counts: Sequence[int], machine: Machine, needs_grad: bool) -> list[PlanRow]:
+    """One row a way, for several numbers of tokens; the chosen one first.
 
     Args:
         experts: One matrix of a mixture; its `way` is what was asked for, its `cache` the memory for the cached way.
@@ -34,10 +34,18 @@ def plan_table(experts: MPOExperts, token_counts: Sequence[int], machine: Machin
     """
     if min(token_counts, default=1) < 1:
         raise ValueError(f"tokens must be >= 1; got {min(token_counts)}")
-    dims, bond, num_experts = experts.dims, experts.max_bond_dim, experts.num_experts
     cache = 0 if needs_grad or experts.cache is None else experts.cache.limit_bytes
     way = None if needs_grad and experts.way == "cached" else experts.way
-    rows = plan_rows(dims, bond, num_experts, token_counts, DTYPE_BYTES, needs_grad, cache, machine, way)
+    return plan_rows(
+        experts.dims, experts.max_bond_dim, experts.num_experts, token_counts, DTYPE_BYTES, needs_grad, cache, machine,
+        way,
+    )  # fmt: skip
+
+
+def plan_table(experts: MPOExperts, token_counts: Sequence[int], machine: Machine, needs_grad: bool) -> Table:
+    """The rows of `rows_of_plan`, whose arguments it takes, with the chosen way marked."""
+    dims, bond, num_experts = experts.dims, experts.max_bond_dim, experts.num_experts
+    rows = rows_of_plan(experts, token_counts, machine, needs_grad)
     what = "a training step" if needs_grad else "evaluation"
     title = f"{dims.out_features}×{dims.in_features}, {what}\n{num_experts} experts, bonds {dims.bond_dims(bond)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -14,7 +14,7 @@ import torch
 
 from mpoe.config import MPOEConfig
 from mpoe.models.matrices import empty_mpo
-from mpoe.mpo import SiteDims
+from mpoe.mpo import Caps, SiteDims
 from mpoe.mpo.plan import plan
 from mpoe.nn import MPOExperts
 from mpoe.report.model_shape import ModelShape
@@ -114,7 +114,7 @@ def matmul_flops(weights: float, passes: int = TRAINED) -> float:
     return 2 * passes * weights
 
 
-def separable_adds(dims: SiteDims, max_bond_dim: int | None = None) -> tuple[float, float]:
+def separable_adds(dims: SiteDims, max_bond_dim: Caps = None) -> tuple[float, float]:
     """Multiply-adds of one token in y = L (C (R x)): with C, and with the ends L and R.
 
     a·o·i·b with C; i·b·q with R, which acts on each of i parts of x, and o·p·a with L.
@@ -127,7 +127,7 @@ def separable_adds(dims: SiteDims, max_bond_dim: int | None = None) -> tuple[flo
     return central, plan(dims, max_bond_dim, 1, tokens=1).costs["apply"].flops / 2 - central
 
 
-def rebuild_adds(dims: SiteDims, max_bond_dim: int | None = None) -> float:
+def rebuild_adds(dims: SiteDims, max_bond_dim: Caps = None) -> float:
     """Multiply-adds of multiplying one expert's matrix out.
 
     p·a·o·i·b and p·o·i·b·q for the left arm onto the central tensor and then the right one, or a·o·i·b·q and p·a·o·i·q

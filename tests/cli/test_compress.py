@@ -1,0 +1,80 @@
+"""`mpoe compress` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import mpoe
+from mpoe.cli import compress, finetune
+from mpoe.cli.main import main
+from mpoe.models import count_parameters
+from tiny import FLAGS, assert_refused, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
+
+
+@pytest.fixture
+def language_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained("gpt2")
+    tiny_tokenizer().save_pretrained("gpt2")
+    Path("text.txt").write_text("the film is great .\nit was not very good .\n" * 8)
+    return tmp_path
+
+
+def numbers(folder):
+    return {row["name"]: row for row in json.loads((Path(folder) / "compression.json").read_text())["rows"]}
+
+
+@pytest.mark.parametrize("calibration", [[], ["--calibration_data", "text.txt", "--calibration_tokens", "64"]])
+def test_a_language_model_before_after_and_beside_the_svd(language_model, capsys, calibration):
+    compress.run(["gpt2", "--budget", "0.8", "-o", "small", "--test_file", "text.txt", *calibration])
+    rows = numbers("small")
+    assert rows.keys() == {"before", "MPO (mixed)", "SVD (low_rank)"}
+    assert rows["MPO (mixed)"]["parameters"] <= 0.8 * rows["before"]["parameters"]
+    assert all(row["metrics"]["perplexity"] > 1 for row in rows.values())
+    assert count_parameters(mpoe.from_pretrained("small")).total == rows["MPO (mixed)"]["parameters"]
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    assert "those that lost most" in out
+    measured = rows["MPO (mixed)"]["metrics"]["perplexity"]
+    assert main(["perplexity", "small", "--test_file", "text.txt"]) == 0  # the saved model, in one more loading
+    assert f"{measured:,.4f}" in capsys.readouterr().out
+
+
+def test_a_finished_run_and_its_task(ground, capsys):
+    finetune.run([*FLAGS, "--max_steps", "2", "--save_strategy", "no"])
+    task = ["--task", "sentiment", "--data_dir", "data"]
+    compress.run(["run", "--budget", "0.9", "--expert_budget", "0.6", "--calibration_data", "task", "-o", "out", *task])
+    rows = numbers("out")
+    assert rows.keys() == {"before", "after"}
+    assert rows["after"]["auxiliary"] <= 0.6 * rows["before"]["auxiliary"]
+    results = json.loads(Path("run/results.json").read_text())["tasks"]["sentiment"]["test"]
+    assert rows["before"]["metrics"] == {name: pytest.approx(value) for name, value in results.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "2"], "budget must be a share in (0, 1]"),
+        (["--budget", "0.8", "--task", "cola"], "task must be left out: gpt2 goes on with texts"),
+        (["--budget", "0.8", "--calibration_data", "task"], "so --task must be given"),
+        (["--budget", "0.8", "--test_file", "no.txt"], "there is no no.txt"),
+        (["--budget", "0.8", "--calibration_data", "no.txt"], "there is no no.txt"),
+        (["--budget", "0.8", "--mpo_layers", "ffn"], "mpo_layers must be a list of"),
+        (["--budget", "0.8", "--layout", "flat"], "invalid choice: 'flat'"),
+        (["--budget", "0.8", "--batch_size", "0"], "batch_size must be >= 1"),
+        (["--budget", "0.001"], "must leave room for bonds of 1"),
+        ([], "the following arguments are required: --budget"),
+    ],
+)
+def test_bad_input_writes_nothing(language_model, capsys, flags, message):
+    assert_refused(["compress", "gpt2", "-o", "small", *flags], message, language_model, capsys)
+
+
+def test_a_folder_with_files_is_left_alone(language_model, capsys):
+    command = ["compress", "gpt2", "-o", "gpt2", "--budget", "0.8"]
+    assert_refused(command, "output_dir must be a new or empty folder; gpt2 is not", language_model, capsys)
