@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from mpoe.config import MPOEConfig
+from mpoe.files import brief
 from mpoe.models.matrices import empty_mpo
 from mpoe.nn import FrozenBaseExperts
 from mpoe.nn.frozen_base import FrozenLinear
