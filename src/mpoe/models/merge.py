@@ -49,7 +49,7 @@ def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
     del dense_config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     with torch.device("meta"):
         dense = type(model)(dense_config)
-    _share(model, dense)
+    share_tensors(model, dense)
     kind = model.config.model_type
     if config.is_mixture or "mlp" in config.mpo_layers:
         for found in find_feed_forwards(dense, kind, config):
@@ -71,7 +71,7 @@ def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
     return dense.train(model.training)
 
 
-def _share(model: nn.Module, dense: nn.Module) -> None:
+def share_tensors(model: nn.Module, dense: nn.Module) -> None:
     """Give the dense model what both have; what is one tensor in the mixture is one in it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
