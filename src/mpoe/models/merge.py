@@ -72,12 +72,17 @@ def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
 
 
 def share_tensors(model: nn.Module, dense: nn.Module) -> None:
-    """Give the dense model what both have; what is one tensor in the mixture is one in it."""
+    """Give a model what it has under the same name as another; what is one tensor there is one in it.
+
+    Args:
+        model: Has the values.
+        dense: Gets them.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for prefix, module in dense.named_modules(remove_duplicate=False):
         for own, there in ((module._parameters, parameters), (module._buffers, buffers)):
-            for name in own:
+            for name in (name for name, tensor in own.items() if tensor is not None):  # a bias that it has not stays so
                 if (value := there.get(f"{prefix}.{name}" if prefix else name)) is not None:
                     own[name] = value  # pyright: ignore[reportArgumentType]
 

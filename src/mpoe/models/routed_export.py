@@ -52,11 +52,13 @@ class RouterInputs:
         tokens: Without padding, count.
         rms_sum: The sum of their root mean squares.
         scale_sum: The sum of 1 over them.
+        token_sum: The sum of the tokens themselves, shape (D,), on the CPU.
     """
 
     tokens: int = 0
     rms_sum: float = 0.0
     scale_sum: float = 0.0
+    token_sum: Tensor | float = 0.0
 
     @property
     def rms(self) -> float:
@@ -67,6 +69,15 @@ class RouterInputs:
     def scale(self) -> float:
         """The mean over tokens of 1 over their root mean square."""
         return self.scale_sum / self.tokens
+
+    def constant(self, like: Tensor) -> Tensor:
+        """The direction u of the mean token, so long that u · x is 1 on the mean: what a bias can be added along.
+
+        Args:
+            like: Of the result's dtype and device.
+        """
+        mean = torch.as_tensor(self.token_sum) / self.tokens
+        return (mean / (mean @ mean)).to(like)
 
 
 @contextmanager
@@ -85,6 +96,7 @@ def measured_inputs(model: nn.Module) -> Iterator[dict[str, RouterInputs]]:
         inputs.tokens += len(x)
         inputs.rms_sum += rms.sum().item()
         inputs.scale_sum += rms.reciprocal().sum().item()
+        inputs.token_sum = x.double().sum(dim=0).cpu() + inputs.token_sum
 
     hooks = [router.register_forward_pre_hook(partial(measure, found[name])) for name, router in routers(model).items()]
     try:
@@ -136,7 +148,8 @@ def to_sparse(
         inputs: From `measured_inputs`; only an approximation needs them. Where they are given, logits that are not
             saturated are as large as the mixture's, on the mean, so that training goes on as it was.
         approximate: Make a model that computes something else, as `differences` says, as close as a router without
-            bias and scaling comes: sizes of tokens are replaced by their means.
+            bias and scaling comes: sizes of tokens are replaced by their means, and a bias without a place is added
+            along the mean token.
 
     Returns:
         A new model in evaluation mode. Tensors that both have are shared, not copied.
@@ -348,11 +361,16 @@ def _scaled_router(router: TopKRouter | None, inputs: RouterInputs | None, shape
     """Weight of a router whose weights for the experts of a token do not depend on p, or sum to 1."""
     if router is None:
         return like.new_zeros(shape)
+    weight = router.weight
+    if _has_bias(router) and inputs is not None:
+        bias = router.bias - router.bias.mean()
+        scale = inputs.scale if router.input_norm else 1.0
+        return weight * scale + bias[:, None] * inputs.constant(weight)
     if inputs is None or not router.input_norm:
-        return router.weight.clone()
+        return weight.clone()
     if router.top_k == 1 and not router.is_scale_prob:
-        return router.weight * 2.0 ** round(math.log2(inputs.scale))  # rounds nothing
-    return router.weight * inputs.scale
+        return weight * 2.0 ** round(math.log2(inputs.scale))  # rounds nothing
+    return weight * inputs.scale
 
 
 def _fit_head(sparse: Any, scales_outputs: bool) -> None:

@@ -177,8 +177,8 @@ def _loading(facts: CardFacts) -> str:
     note = ""
     if facts.mixture is not None and not facts.is_adapter:
         note = (
-            "\n\nThe package mpoe must be installed and imported first; then `AutoModel*.from_pretrained` and pipelines "
-            "load it too. Without it Transformers fills the experts with random numbers."
+            "\n\nThe package mpoe must be installed and imported first; then `AutoModel*.from_pretrained` loads it "
+            "too. Without it Transformers fills the experts with random numbers."
         )
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
