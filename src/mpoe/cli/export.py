@@ -77,8 +77,8 @@ def run(argv: Sequence[str]) -> LogitDifference:
         found = logit_difference(model, reloaded, _batches(rows, tokenizer, kind))
         write_json(folder / EXPORT_FILE, _record(args, model, reloaded, found, text))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    places = "texts" if kind == "classification" else "tokens"
-    console.print(_table(found, f"Logits, {args.model} and {output}: {found.places:,} {places} of {text}"))
+    place = "text" if kind == "classification" else "token"
+    console.print(_table(found, f"Logits, {args.model} and {output}: {found.places:,} {place}s of {text}", place))
     count = sum(parameter.numel() for parameter in reloaded.parameters())
     console.print(
         f"{output}: a {type(reloaded).__name__} of {count / 1e6:,.1f} M parameters, {size / 1e6:,.1f} MB; it loads "
@@ -214,12 +214,12 @@ def _record(
     }
 
 
-def _table(found: LogitDifference, title: str) -> Table:
+def _table(found: LogitDifference, title: str, place: str) -> Table:
     table = Table(title=plain(title, TITLE), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("largest absolute difference", f"{found.largest:.3g}")
     table.add_row("mean absolute difference", f"{found.mean:.3g}")
-    table.add_row("KL divergence, nats a token", f"{found.kl:.3g}")
+    table.add_row(f"KL divergence, nats a {place}", f"{found.kl:.3g}")
     table.add_row("same most probable choice", f"{found.same_choice:.2%}")
     return table

@@ -236,7 +236,7 @@ def _public(file: Path, facts: CardFacts) -> Path | bytes:
 
 def _upload(api: HfApi, args: argparse.Namespace, contents: dict[str, Path | bytes], is_generated: bool) -> None:
     try:
-        url = api.create_repo(args.name, private=args.private, exist_ok=True)
+        url = api.create_repo(args.name, private=args.private or None, exist_ok=True)
         if args.revision not in (None, "main"):
             api.create_branch(args.name, branch=args.revision, exist_ok=True)
         if is_generated and not args.new_card and api.file_exists(args.name, CARD_FILE, revision=args.revision):
@@ -254,18 +254,19 @@ def _upload(api: HfApi, args: argparse.Namespace, contents: dict[str, Path | byt
         if error.response.status_code in (401, 403):
             advice = "the token must be valid and allowed to write there: hf auth whoami, hf auth login"
         raise ValueError(f"the hub refused to take {args.name}; {_brief(error)}: {advice}") from error
-    except OSError:
-        raise
     except Exception as error:  # the errors of whichever HTTP library the client uses
         raise ValueError(
-            f"{args.name} must be uploaded as a whole; that broke off ({type(error).__name__}: {_brief(error)}), and "
+            f"{args.name} must be uploaded as a whole; that broke off ({_brief(error)}), and "
             "nothing was committed: repeat the command, which uploads only what is not there"
         ) from error
     print(printable(f"{commit.commit_url or url}"))
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _brief(error: BaseException) -> str:
+    """What it says, and what that comes from."""
+    is_told = error.__cause__ is None or isinstance(error, HfHubHTTPError)
+    cause = "" if is_told else f" ({_brief(error.__cause__)})"
+    return f"{' '.join(str(error).split())[:300] or type(error).__name__}{cause}"
 
 
 def _list(contents: Mapping[str, Any], files: Mapping[str, Path], title: str) -> None:
