@@ -68,7 +68,7 @@ def test_a_routed_export_is_the_mixture_without_mpoe(capsys):
     assert found.largest < 1e-5
     assert found.same_choice == 1
     printed = capsys.readouterr().out
-    for text in ("SwitchTransformersForConditionalGeneration", "14 tokens of text.txt", "same most probable choice"):
+    for text in ("SwitchTransformersForConditionalGeneration", "15 tokens of text.txt", "same most probable choice"):
         assert text in " ".join(printed.split())
 
 
