@@ -264,9 +264,9 @@ def _upload(api: HfApi, args: argparse.Namespace, contents: dict[str, Path | byt
 
 def _brief(error: BaseException) -> str:
     """What it says, and what that comes from."""
-    is_told = error.__cause__ is None or isinstance(error, HfHubHTTPError)
-    cause = "" if is_told else f" ({_brief(error.__cause__)})"
-    return f"{' '.join(str(error).split())[:300] or type(error).__name__}{cause}"
+    cause = error.__cause__
+    told = "" if cause is None or isinstance(error, HfHubHTTPError) else f" ({_brief(cause)})"
+    return f"{' '.join(str(error).split())[:300] or type(error).__name__}{told}"
 
 
 def _list(contents: Mapping[str, Any], files: Mapping[str, Path], title: str) -> None:
