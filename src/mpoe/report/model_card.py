@@ -226,7 +226,7 @@ def _making(facts: CardFacts) -> list[str]:
     if facts.mixture is not None:
         values = facts.mixture.to_dict()
         chosen = {name: values[name] for name in ("num_experts", "layout", "gauge", "mpo_layers")}
-        parts += ["The mixture:", _flags(chosen | facts.mixture.to_diff_dict())]
+        parts += ["The mixture:", _flags(chosen | facts.mixture.to_diff_dict(), "setting")]
     if facts.flags is not None and facts.results is not None:
         flags, steps = public_flags(facts.flags), facts.results.steps
         parts += [
@@ -259,11 +259,11 @@ def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in flags.items() if not _PRIVATE & set(name.split("_")) and is_public(v)}
 
 
-def _flags(values: Mapping[str, Any]) -> str:
+def _flags(values: Mapping[str, Any], what: str = "flag") -> str:
     def shown(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-    return _table(["flag", "value"], [[name, shown(value)] for name, value in values.items()])
+    return _table([what, "value"], [[name, shown(value)] for name, value in values.items()])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
