@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpoe import __version__
@@ -72,9 +73,9 @@ def run(argv: Sequence[str]) -> LogitDifference:
         console.print(f"Writing {_how(args)} ...")
         _exported(model, tokenizer, rows, kind, args).save_pretrained(folder)
         load_tokenizer(base_of(args.model)).save_pretrained(folder)
-        console.print("Loading it again as Transformers does, and comparing logits ...")
+        console.print("Loading it again as Transformers does ...")
         reloaded = load_whole(class_of(read_config(str(folder))), folder).to(model.device).eval()
-        found = logit_difference(model, reloaded, _batches(rows, tokenizer, kind))
+        found = logit_difference(model, reloaded, _shown(_batches(rows, tokenizer, kind), "Comparing logits"))
         write_json(folder / EXPORT_FILE, _record(args, model, reloaded, found, text))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     place = "text" if kind == "classification" else "token"
@@ -185,11 +186,16 @@ def _exported(
 ) -> PreTrainedModel:  # fmt: skip
     if not args.routed:
         return merge(model, args.expert)
-    return to_sparse(model, _router_inputs(model, _batches(rows, tokenizer, kind)), args.approximate)
+    batches = _shown(_batches(rows, tokenizer, kind), "Measuring routers' inputs")
+    return to_sparse(model, _router_inputs(model, batches), args.approximate)
+
+
+def _shown(batches: Iterator[dict[str, Tensor]], title: str) -> Iterable[dict[str, Tensor]]:
+    return tqdm(list(batches), desc=title, unit=" batches", delay=2)
 
 
 @torch.inference_mode()
-def _router_inputs(model: PreTrainedModel, batches: Iterator[dict[str, Tensor]]) -> Mapping[str, RouterInputs]:
+def _router_inputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Mapping[str, RouterInputs]:
     with measured_inputs(model) as inputs:
         for batch in batches:
             cast(Any, model)(**{name: tensor.to(model.device) for name, tensor in batch.items()})
