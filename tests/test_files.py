@@ -1,6 +1,8 @@
+import errno
+
 import pytest
 
-from mpoe.files import brief, fits, load_json, load_yaml, read_json
+from mpoe.files import brief, fits, load_json, load_yaml, new_folder, read_json
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,45 @@ def test_types_of_json_values():
     assert not fits(1.5, int)
     assert not fits({"a": "b"}, dict[str, float])
     assert not fits([1], dict[str, float])
+
+
+def test_a_new_folder_appears_when_all_of_it_is_there(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("a")
+        assert not target.exists()
+    assert [file.name for file in target.parent.iterdir()] == ["out"]
+    assert (target / "a").read_text() == "a"
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "b").write_text("b")
+    assert (tmp_path / "empty" / "b").read_text() == "b"
+
+
+def write_and_break_off(path, error):
+    with new_folder(path) as folder:
+        (folder / "a").write_text("a")
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt()])
+def test_a_folder_that_breaks_off_is_deleted(tmp_path, error):
+    with pytest.raises(type(error)):
+        write_and_break_off(tmp_path / "out", error)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="out must have room"):
+        write_and_break_off(tmp_path / "out", OSError(errno.ENOSPC, "No space left on device"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_new_folder_takes_no_place_of_something_else(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="must be new or an empty folder"), new_folder(path):
+            pass
+    with pytest.raises(ValueError, match="file is none"), new_folder(tmp_path / "file" / "out"):
+        pass
+    assert (tmp_path / "file").read_text() == "x"

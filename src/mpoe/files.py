@@ -5,9 +5,13 @@ Also the text of such files as values, where every text that is none raises a Va
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, get_args, get_origin
@@ -45,6 +49,67 @@ def write_json(path: Path, value: Any) -> None:
         value: JSON-ready.
     """
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, beside `path`, that gets this name at the end; after an error or Ctrl-C it is deleted.
+
+    Args:
+        path: New, or an empty folder.
+
+    Raises:
+        ValueError: Something else is there, it cannot be written, or the disk is full.
+    """
+    check_new_folder(path)
+    unfinished = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if path.is_dir():
+            path.rmdir()
+        unfinished.rename(path)
+    except Exception as error:
+        if is_full_disk(error, path.parent):
+            raise ValueError(f"{path} must have room; its disk is full, and nothing was written. Make room") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse what `new_folder` would, before the work begins that is to be written there.
+
+    Args:
+        path: New, or an empty folder.
+
+    Raises:
+        ValueError: Something else is there, or it cannot be written.
+    """
+    try:
+        is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise ValueError(f"{path} must be a folder that can be written; {error.strerror}: name another") from error
+    if not is_free or not path.name:
+        raise ValueError(f"{path} must be new or an empty folder; there is something in it: name another")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} must be a folder that can be written; {parent} is none: name another")
+
+
+def is_full_disk(error: Exception, folder: Path) -> bool:
+    """Whether an error is that of a full disk.
+
+    Args:
+        error: Of a library that was writing.
+        folder: Where to.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has the system's words; torch.save only says that it could not write
+    return "No space left" in str(error) or (
+        "inline_container" in str(error) and shutil.disk_usage(folder).free < 2**20
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -77,4 +77,4 @@ def test_bad_input_writes_nothing(language_model, capsys, flags, message):
 
 def test_a_folder_with_files_is_left_alone(language_model, capsys):
     command = ["compress", "gpt2", "-o", "gpt2", "--budget", "0.8"]
-    assert_refused(command, "output_dir must be a new or empty folder; gpt2 is not", language_model, capsys)
+    assert_refused(command, "gpt2 must be new or an empty folder", language_model, capsys)

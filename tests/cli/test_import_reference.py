@@ -55,7 +55,7 @@ def test_the_command_finds_the_config_beside_the_checkpoint(reference_ground, ca
 def test_the_commands_errors_leave_nothing_behind(reference_ground):
     with pytest.raises(ValueError, match=r"run must be a folder with a config\.json"):
         run(["run/pytorch_model.bin", "--output_dir", "out"])
-    with pytest.raises(ValueError, match="must be a new or empty folder; base is not"):
+    with pytest.raises(ValueError, match="base must be new or an empty folder"):
         run(["run/pytorch_model.bin", "--config", "base", "--output_dir", "base"])
     with pytest.raises(ValueError, match="Is it the config of this checkpoint's base"):
         run(["run/pytorch_model.bin", "--config", "t5-small", "--output_dir", "out"])

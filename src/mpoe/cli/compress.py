@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mpoe.cli.loading import Kind, kind_of, load_finished
 from mpoe.cli.parsing import parse
-from mpoe.cli.saving import check_free, save_model
-from mpoe.files import write_json
+from mpoe.files import check_new_folder, new_folder, write_json
 from mpoe.models import count_parameters, is_upcycled
 from mpoe.models.compress import Compressed, compress, input_moments
 from mpoe.report import PlainConsole
@@ -97,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml", ".json")):
         argv = ["--model", *argv]
     (args,), _ = parse("mpoe compress MODEL", __doc__ or "", [CompressArguments], argv)
-    check_free(Path(args.output_dir))
+    check_new_folder(Path(args.output_dir))
     kind = kind_of(args.model)
     _check_kind(args, kind)
     console = PlainConsole()
@@ -109,7 +108,9 @@ def run(argv: Sequence[str]) -> None:
     moments = _moments(args, model, tokenizer, kind, components)
     shrink = partial(compress, model, args.budget, components, expert_budget=args.expert_budget, moments=moments)
     found = {args.layout: shrink(LAYOUTS.get(args.layout, (args.layout,)))}
-    save_model(found[args.layout].model, tokenizer, Path(args.output_dir))
+    with new_folder(Path(args.output_dir)) as folder:
+        found[args.layout].model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     console.print(f"Model and tokenizer are in {args.output_dir}.")
     if args.compare_svd and not is_upcycled(model) and args.layout != "low_rank":
         found["low_rank"] = shrink(("low_rank",))

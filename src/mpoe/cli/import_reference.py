@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from mpoe.cli.parsing import raise_error
-from mpoe.cli.saving import check_free, save_model
+from mpoe.files import check_new_folder, new_folder
 from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts, mpoe_config, read_config
 from mpoe.models.checkpoint import has_tokenizer
 from mpoe.models.families import T5_SIZES
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     if not args.checkpoint.is_file():
         raise ValueError(f"the checkpoint must be a file; {args.checkpoint} is none")
     base = str(args.checkpoint.parent) if args.config is None else args.config
-    check_free(args.output_dir)
+    check_new_folder(args.output_dir)
     config = read_config(base)
     console = PlainConsole()
     console.print(f"Reading {args.checkpoint} ...")  # gigabytes take a while
@@ -56,7 +56,10 @@ def run(argv: Sequence[str]) -> None:
     console.print(f"Importing {len(tensors):,} tensors ...")
     model = import_reference(tensors, config, args.orientation, args.is_scale_prob)
     tokenizer = base if has_tokenizer(base) else None
-    save_model(model, None if tokenizer is None else load_tokenizer(tokenizer), args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            load_tokenizer(tokenizer).save_pretrained(folder)
 
     console.print(_table(model, sum(tensor.numel() for tensor in tensors.values())))
     shapes = {(e.dims.out_features, e.dims.in_features) for e in mpo_experts(model).values()}

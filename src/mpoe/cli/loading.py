@@ -43,7 +43,7 @@ def kind_of(path: str) -> Kind:
     Raises:
         ValueError: No config, an unfinished run, a model that neither writes nor classifies text.
     """
-    base = _base(path)
+    base = base_of(path)
     with clear_load_errors(base):
         config = AutoConfig.from_pretrained(base, **NO_CODE)  # nosec B615  # the revision is the user's choice; no code
     architectures = config.architectures or []
@@ -70,7 +70,7 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: As `kind_of`; weights or a tokenizer that are missing, damaged or do not fit.
     """
-    kind, base = kind_of(path), _base(path)
+    kind, base = kind_of(path), base_of(path)
     head = adapted_model(path).head if is_adapter(path) and kind == "classification" else {}
     auto_class = _CLASSES[kind][0]
     if is_adapter(path):  # which may hold the head that its base has not
@@ -90,8 +90,15 @@ def load_finished(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
-def _base(path: str) -> str:
-    """Where the model's config and tokenizer are: the folder or name itself, or that of the adapter's base."""
+def base_of(path: str) -> str:
+    """Where a model's config and tokenizer are: the folder or name itself, or that of the adapter's base.
+
+    Args:
+        path: The model's folder, an adapter's folder, or a name on the hub.
+
+    Raises:
+        ValueError: An unfinished run.
+    """
     if (Path(path) / RUN_FILE).is_file() and not (Path(path) / RESULTS_FILE).is_file():
         kept = finished_checkpoints(Path(path))
         meanwhile = f"; until then there is {kept[0]}" if kept else ""
@@ -99,3 +106,21 @@ def _base(path: str) -> str:
             f"{path} must be a finished run; this one is not: repeat its command, which resumes it{meanwhile}"
         )
     return adapted_model(path).base_name if is_adapter(path) else path
+
+
+def check_tokens(model: PreTrainedModel, largest: int) -> None:
+    """Refuse the tokens of another model's tokenizer.
+
+    Args:
+        model: A loaded model.
+        largest: The largest token id that its tokenizer gave.
+
+    Raises:
+        ValueError: The model's word embedding has no such row.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and largest >= rows:
+        raise ValueError(
+            f"the tokenizer in {model.name_or_path} must be the model's, whose word embedding has {rows:,} rows; it "
+            f"gives token {largest:,}: copy it there again"
+        )

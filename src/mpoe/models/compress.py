@@ -22,7 +22,7 @@ from mpoe.config import MPOEConfig
 from mpoe.models.components import with_tied_head
 from mpoe.models.find import find_embedding, find_matrices, matrix_of
 from mpoe.models.inspect import count_parameters, is_upcycled
-from mpoe.models.merge import empty_like, share
+from mpoe.models.merge import empty_like, share_tensors
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo import MPO, SiteDims, decompose, low_rank_dims, site_dims
@@ -138,7 +138,7 @@ def compress(
         for name, choice, dims in ((n, c, of[c.option][0]) for n, c, of in zip(places, chosen, chains, strict=True))
     })  # fmt: skip
     swap_modules(dense, config)
-    share(model, dense)
+    share_tensors(model, dense)
     matrices = []
     for (name, place), choice, of_matrix, size in _progress(
         list(zip(places.items(), chosen, chains, there, strict=True)), "Cutting"

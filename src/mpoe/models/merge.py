@@ -46,7 +46,7 @@ def merge(model: PreTrainedModel, expert: int | None = None) -> PreTrainedModel:
     if expert is not None and not 0 <= expert < count:
         raise ValueError(f"expert must be None or in 0..{count - 1}; got {expert}")
     dense = empty_like(model)
-    share(model, dense)
+    share_tensors(model, dense)
     for name, place in find_matrices(dense, config).items():
         experts = cast(Experts, model.get_submodule(place))
         _fill(dense.get_submodule(name), experts, expert if experts.num_experts > 1 else 0, name)
@@ -73,18 +73,18 @@ def empty_like(model: PreTrainedModel) -> PreTrainedModel:
     return dense.train(model.training)
 
 
-def share(model: nn.Module, dense: nn.Module) -> None:
-    """Give a model what another one has under the same name; what is one tensor there is one here.
+def share_tensors(model: nn.Module, dense: nn.Module) -> None:
+    """Give a model what it has under the same name as another; what is one tensor there is one in it.
 
     Args:
-        model: Has them.
+        model: Has the values.
         dense: Gets them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for prefix, module in dense.named_modules(remove_duplicate=False):
         for own, there in ((module._parameters, parameters), (module._buffers, buffers)):
-            for name in own:
+            for name in (name for name, tensor in own.items() if tensor is not None):  # a bias that it has not stays so
                 if (value := there.get(f"{prefix}.{name}" if prefix else name)) is not None:
                     own[name] = value  # pyright: ignore[reportArgumentType]
 

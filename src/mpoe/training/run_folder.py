@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mpoe.files import read_json, write_json
+from mpoe.files import is_full_disk, read_json, write_json
 from mpoe.training.checkpoint_files import finished_checkpoints, last_checkpoint, unfinished_checkpoints
 
 RUN_FILE = "run.json"
@@ -105,7 +104,7 @@ class RunFolder:
             with self._held() if is_main else nullcontext():
                 yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_full_disk(error, self.path):
+            if not is_full_disk(error, self.path):
                 raise
             for part in (*unfinished_checkpoints(self.path), self.path / _UNFINISHED):
                 shutil.rmtree(part, ignore_errors=True)
@@ -167,10 +166,3 @@ def _way_on(path: Path) -> str:
     """What can be done with the checkpoints of a run that is not known any more."""
     kept = finished_checkpoints(path)
     return f", into which --load_experiment {kept[0]} takes the weights that are there" if kept else ""
-
-
-def _is_full_disk(error: Exception, path: Path) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors has the system's words; torch.save only says that it could not write
-    return "No space left" in str(error) or ("inline_container" in str(error) and shutil.disk_usage(path).free < 2**20)
