@@ -243,7 +243,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--model_name_or_path", "data"], "must be a folder with a config.json; data has none"),
         (["--model_name_or_path", "no/such-model"], "no/such-model must be a folder with a config.json"),
         (["--max_source_length", "0"], "max_source_length must be >= 1; got 0"),
-        (["--expert_noize", "1"], "unknown arguments ['--expert_noize', '1']"),
+        (["--expert_noize", "1"], "unknown flag --expert_noize: did you mean --expert_noise? mpoe finetune --help"),
         (["--output_dir", "model"], "holds other files and no run.json"),
         (["--tasks", "cola", "cola"], "tasks must name every task once; got cola, cola"),
         (

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from rich.table import Table
@@ -35,6 +35,8 @@ MAY_BE_BARE = {"--plan": PLAN_TOKENS, "--scale": SCALE_DEVICES}
 @dataclass
 class InspectArguments:
     """Which model, and what about it."""
+
+    _argument_group_name: ClassVar[str] = "model, and what about it"
 
     config: str = field(
         metadata={"help": f"{', '.join((*T5_SIZES, *PUBLISHED))}, a folder with a config.json, or a name on the hub."}

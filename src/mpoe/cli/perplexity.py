@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -23,6 +24,8 @@ from mpoe.training.perplexity import block_and_stride, perplexity
 @dataclass
 class PerplexityArguments:
     """Which model, and how it is run."""
+
+    _argument_group_name: ClassVar[str] = "model, and how it is run"
 
     model_name_or_path: str = field(metadata={"help": "Folder with a causal language model, or a name on the hub."})
     tokenizer_name: str | None = field(

