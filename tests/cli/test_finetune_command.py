@@ -231,7 +231,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--task", "colour"], "task must be one of cola"),
         (["--data_dir", "nowhere"], "data_dir must be a folder; nowhere"),
         (["--num_experts", "0"], "num_experts must be an integer >= 1; got 0"),
-        (["--num_experts", "two"], "argument --num_experts/--num-experts: invalid int value: 'two'"),
+        (["--num_experts", "two"], "argument --num_experts: invalid int value: 'two'"),
         (["--mpo_layers", "ffn"], "mpo_layers must be nompo or a comma list of word_embed, mlp, attention; got 'ffn'"),
         (["--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
         (["--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),

@@ -7,7 +7,7 @@ import pytest
 
 from mpoe.cli.commands import COMMANDS, JOBS
 from mpoe.cli.main import main
-from tiny import assert_refused
+from tiny import FLAGS, assert_refused
 
 
 def test_help_lists_every_command_once_under_its_job(capsys):
@@ -97,3 +97,72 @@ def test_finetune_help_is_by_subject_and_help_all_has_the_rest(capsys):
 def test_dashes_are_read_as_underscores_though_the_help_does_not_say_them(ground, capsys):
     command = "--model-name-or-path model --task sentiment --data-dir nowhere --output-dir run --num-experts 2".split()
     assert_refused(["finetune", *command], "nowhere", ground, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr_scheduler_kwargs", "x"], 'lr_scheduler_kwargs must be a JSON object, such as {"num_cycles": 2}; got'),
+        (["--optim_args", "betas"], "optim_args must be key=value, and commas between several; got 'betas'"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be >= 1; got 0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size must be >= 1; got 0"),
+        (["--generation_num_beams", "0"], "generation_num_beams must be >= 1; got 0"),
+        (["--label_smoothing_factor", "2"], "label_smoothing_factor must be in [0, 1]; got 2.0"),
+        (["--save_steps", "0"], "save_steps must be > 0; got 0.0"),
+        (["--max_steps", "0", "--num_train_epochs", "0"], "num_train_epochs must be > 0, or max_steps; got 0.0"),
+        (["--report_to", "tensorbord"], "report_to must be none, all or of azure_ml"),
+        (["--report_to", "wandb"], "report_to wandb needs its package, which is not installed"),
+        (["--deepspeed", "x.json"], "deepspeed needs the package of that name: pip install deepspeed"),
+        (["--metric_for_best_model", "acc", "--load_best_model_at_end", "--eval_strategy", "steps"], "['eval_loss', "),
+        (["--optim", "adamw_bnb_8bit"], "pip install -U bitsandbytes"),
+    ],
+)
+def test_what_transformers_takes_without_a_look_is_one_line_and_leaves_no_run(flags, message, ground, capfd):
+    command = ["finetune", *FLAGS, "--save_steps", "20", *flags]
+    assert main(command) == 2
+    *_, error = capfd.readouterr().err.splitlines()
+    assert error.removeprefix("\x1b[A").startswith("error: mpoe finetune: ")
+    assert message in error
+    assert not list(ground.glob("run/*"))
+
+
+def test_a_failed_start_gives_its_folder_free(ground, capsys):
+    assert main(["finetune", *FLAGS, "--optim", "adamw_bnb_8bit"]) == 2
+    assert main(["finetune", *FLAGS, "--max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", *FLAGS, "--optim", "adafactor"]) == 2  # a run that wrote something keeps it
+    assert "run holds another run" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_shown_by_an_example(capsys):
+    assert main(["compare"]) == 2
+    assert "required: RUN; for example: mpoe compare runs/dense runs/mpoe\n" in capsys.readouterr().err
+    assert main(["inspect"]) == 2
+    assert "required: --config; for example: mpoe inspect --config t5-base" in capsys.readouterr().err
+
+
+def test_a_wrong_device_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a b c")
+    for device in ("gpu", "cuda:99"):
+        assert main(["perplexity", "no_such_model", "--test_file", "text.txt", "--device", device]) == 2
+        message = capsys.readouterr().err
+        assert f"device must be one that torch has here, such as cpu; got {device}" in message
+        assert message.count("\n") == 1
+
+
+def test_transformers_lists_of_classes_are_left_out(ground, capsys):
+    (ground / "text.txt").write_text("a b c")
+    assert main(["perplexity", "model", "--test_file", "text.txt"]) == 2
+    assert capsys.readouterr().err.endswith("for this kind of AutoModel: AutoModelForCausalLM.\n")
+    assert main(["predict", "owner/model", "text"]) == 2
+    assert "where no hub can be reached, mpoe fetch has small models\n" in capsys.readouterr().err
+
+
+def test_a_file_that_the_system_refuses_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(argv):
+        raise PermissionError(13, "Permission denied", "results.json")
+
+    monkeypatch.setattr("mpoe.cli.compare.run", refuse)
+    assert main(["compare", "a"]) == 2
+    assert capsys.readouterr().err == "error: mpoe compare: results.json cannot be read or written: Permission denied\n"

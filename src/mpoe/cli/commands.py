@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -59,16 +58,3 @@ def help_text() -> str:
         'Completion by the Tab key, in bash: eval "$(register-python-argcomplete mpoe)"; others: docs/shell.md.',
     ]
     return "\n".join(lines)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of the names as a question, after a colon; a semicolon if none is near.
-
-    Args:
-        word: What a user typed; the message ends with it.
-        known: What there is.
-    """
-    import difflib
-
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else ";"

@@ -7,7 +7,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mpoe.cli.commands import did_you_mean
+from mpoe.cli.commands import COMMANDS
+from mpoe.printable import did_you_mean
 
 DESCRIBE = "--describe-flags"
 """Alone, it asks a command for its parser; `mpoe.cli.complete` does."""
@@ -34,7 +35,7 @@ def read_flags(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     if list(argv) == [DESCRIBE]:
         raise Described(parser)
     parser.allow_abbrev = False
-    parser.error = raise_error
+    refuse_in_one_line(parser)
     check_flag_names(parser, argv)
     return parser.parse_args(argv)
 
@@ -58,14 +59,21 @@ def check_flag_names(parser: ArgumentParser, argv: Sequence[str]) -> None:
         name = word.partition("=")[0]
         if re.fullmatch(r"--[\w-]+", name) and name not in flags:
             shown = [flag for action in parser._actions for flag in action.option_strings]
-            near = did_you_mean(name, shown)
+            near = did_you_mean(name, shown) or ";"
             raise ValueError(f"unknown flag {name}{near} {parser.prog} --help lists the flags")
 
 
-def raise_error(message: str) -> NoReturn:
-    """What a parser's `error` is to be: one line instead of a usage and an exit.
+def refuse_in_one_line(parser: ArgumentParser) -> None:
+    """Let a parser raise its errors instead of printing a usage and exiting; with an example if a word is missing.
 
     Args:
-        message: What argparse says.
+        parser: A command's; its `prog` begins with "mpoe COMMAND".
     """
-    raise ValueError(message)
+    command = COMMANDS.get("".join(parser.prog.split()[1:2]))
+
+    def error(message: str) -> NoReturn:
+        if command is not None and "are required" in message:
+            message = f"{message}; for example: {command.example}"
+        raise ValueError(message)
+
+    parser.error = error

@@ -47,6 +47,8 @@ def run(argv: Sequence[str]) -> None:
     if not args.checkpoint.is_file():
         raise ValueError(f"the checkpoint must be a file; {args.checkpoint} is none")
     base = str(args.checkpoint.parent) if args.config is None else args.config
+    if args.config is None and not (args.checkpoint.parent / "config.json").is_file():
+        raise ValueError(f"no config.json is beside {args.checkpoint}: name the dense base model with --config")
     _check_free(args.output_dir)
     config = read_config(base)
     console = PlainConsole()

@@ -139,7 +139,7 @@ def _print_parameters(
 def _with_numbers(argv: Sequence[str]) -> list[str]:
     """`MAY_BE_BARE` flags without numbers get theirs, because a list must not be empty for Transformers' parser."""
     words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         words.append(word)
         if word in MAY_BE_BARE and following.startswith("--"):
             words.extend(map(str, MAY_BE_BARE[word]))

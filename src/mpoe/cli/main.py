@@ -10,8 +10,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from mpoe.cli.commands import COMMANDS, did_you_mean, help_text
-from mpoe.printable import printable
+from mpoe.cli.commands import COMMANDS, help_text
+from mpoe.printable import did_you_mean, printable
 
 RESUMED = ("demo", "finetune")
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.import_module("mpoe").__version__)
         return 0
     if argv[0] not in COMMANDS:
-        near = did_you_mean(argv[0], COMMANDS)
+        near = did_you_mean(argv[0], COMMANDS) or ";"
         return _fail(f"unknown command {argv[0]!r}{near} commands are {', '.join(COMMANDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in every worker process
     try:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MPOE_DEBUG"):
             raise
-        return _fail(f"mpoe {argv[0]}: {' '.join(str(error).split())}")
+        return _fail(f"mpoe {argv[0]}: {_reason(error)}")
     except ImportError as error:
         if os.environ.get("MPOE_DEBUG"):
             raise
@@ -76,6 +76,12 @@ def _import_libraries() -> None:
     warnings.showwarning = lambda message, category, *_: print(
         printable(f"warning: {message}", keep="\n\t"), file=sys.stderr
     )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be read or written: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _fail(message: str) -> int:

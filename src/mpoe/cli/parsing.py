@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from mpoe.cli.commands import did_you_mean
-from mpoe.cli.flags import DESCRIBE, Described, check_flag_names, raise_error
+from mpoe.cli.flags import DESCRIBE, Described, check_flag_names, refuse_in_one_line
 from mpoe.cli.help import SHOW_ALL, arrange
 from mpoe.files import brief, load_json, load_yaml
+from mpoe.printable import did_you_mean
 
 # What the reference's commands and config files say otherwise, for HfArgumentParser's own names.
 RENAMED = {
@@ -26,6 +26,7 @@ RENAMED = {
 # What they say that has no counterpart here, and why: it is accepted, and the reason is printed.
 WITHOUT_EFFECT = {
     "overwrite_output_dir": "a finished run is never overwritten, an interrupted one is resumed",
+    "resume_from_checkpoint": "an interrupted run is resumed from its last checkpoint without being asked",
     "do_test": "the test rows are always scored",
     "split_validation_test": "validation and test rows are always kept apart",
     "val_max_target_length": "answers may be as long as the longest target; generation_max_length is another limit",
@@ -83,6 +84,8 @@ def parse(
         ValueError,
         OverflowError,
     ) as error:  # Transformers does not always name it
+        if str(error).partition(" ")[0] in values:  # a message of ours, that says which flag
+            raise ValueError(f"{path}: {error}" if path else str(error)) from error
         raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
     except ImportError as error:  # of a library that a flag is about
         raise ValueError(f"{path or 'the flags'} need a package that is not installed: {error}") from error
@@ -95,7 +98,7 @@ def _parser(prog: str, description: str, dataclasses: Sequence[type]) -> HfArgum
         kinds, prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter
     )
     parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
-    parser.error = raise_error  # one line instead of a usage of a hundred flags
+    refuse_in_one_line(parser)
     return parser
 
 
@@ -161,7 +164,7 @@ def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], path: Path) 
     actions = {action.dest: action for action in reversed(parser._actions)}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
-        near = did_you_mean(unknown[0], actions)
+        near = did_you_mean(unknown[0], actions) or ";"
         raise ValueError(
             f"{path}: unknown config keys {brief(unknown)}{near} {parser.prog} --help lists the flags, which are the "
             "keys"

@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config import COMPONENTS, MPOEConfig
 from mpoe.files import load_json
+from mpoe.training.argument_checks import check_packages, check_values
 from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
@@ -350,6 +351,11 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
             "costs nothing, the mixture does nothing."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_packages(self)
+        super().__post_init__()
+        check_values(self)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
