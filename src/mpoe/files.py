@@ -22,6 +22,13 @@ _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
+def cache_dir() -> Path:
+    """The folder for what can be had again: `$MPOE_CACHE`, else `$XDG_CACHE_HOME/mpoe`, else `~/.cache/mpoe`."""
+    if folder := os.environ.get("MPOE_CACHE"):
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mpoe"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only when it is complete.
 

@@ -1,8 +1,9 @@
-"""Texts of others, made fit for a terminal and a Markdown table."""
+"""Texts of others, made fit for a terminal, a Markdown table and an error message."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Control characters move the cursor, change colours and retitle windows. Characters that turn the direction of writing
 # make a text look like another one; halves of surrogates, as of file names that are no UTF-8, cannot be printed at all.
@@ -28,3 +29,16 @@ def markdown(text: str) -> str:
         text: Any.
     """
     return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", printable(text))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest name as a question that follows the word in a message, ": did you mean ...?"; "" if none is near.
+
+    Args:
+        word: What a user typed.
+        known: What there is.
+    """
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""

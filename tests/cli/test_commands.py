@@ -256,7 +256,8 @@ def test_help_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == mpoe.__version__
     assert main(["fintune"]) == 2
-    assert f"unknown command 'fintune'; commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
+    message = f"unknown command 'fintune': did you mean finetune? commands are {', '.join(COMMANDS)}"
+    assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
     assert "--max_auxiliary_bond" in capsys.readouterr().out

@@ -231,7 +231,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--task", "colour"], "task must be one of cola"),
         (["--data_dir", "nowhere"], "data_dir must be a folder; nowhere"),
         (["--num_experts", "0"], "num_experts must be an integer >= 1; got 0"),
-        (["--num_experts", "two"], "argument --num_experts/--num-experts: invalid int value: 'two'"),
+        (["--num_experts", "two"], "argument --num_experts: invalid int value: 'two'"),
         (["--mpo_layers", "ffn"], "mpo_layers must be nompo or a comma list of word_embed, mlp, attention; got 'ffn'"),
         (["--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
         (["--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),
@@ -243,7 +243,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--model_name_or_path", "data"], "must be a folder with a config.json; data has none"),
         (["--model_name_or_path", "no/such-model"], "no/such-model must be a folder with a config.json"),
         (["--max_source_length", "0"], "max_source_length must be >= 1; got 0"),
-        (["--expert_noize", "1"], "unknown arguments ['--expert_noize', '1']"),
+        (["--expert_noize", "1"], "unknown flag --expert_noize: did you mean --expert_noise? mpoe finetune --help"),
         (["--output_dir", "model"], "holds other files and no run.json"),
         (["--tasks", "cola", "cola"], "tasks must name every task once; got cola, cola"),
         (

@@ -220,7 +220,7 @@ def test_scores_of_generated_and_of_written_samples_are_the_same(folder, capsys)
         (["--reference", "nowhere.txt"], "nowhere.txt must be a readable text file"),
         (["--output", "nowhere/out.txt"], "--output must be a file in a folder that is there"),
         (["--max_new_tokens", "64"], "'ab' has 2 tokens, --max_new_tokens is 64: shorten one of them"),
-        (["--beams", "2"], "unrecognized arguments: --beams 2"),
+        (["--beams", "2"], "unknown flag --beams: did you mean --num_beams?"),
     ],
 )
 def test_wrong_flags_give_one_line(folder, capsys, flags, message):

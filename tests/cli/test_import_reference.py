@@ -53,7 +53,7 @@ def test_the_command_finds_the_config_beside_the_checkpoint(reference_ground, ca
 
 
 def test_the_commands_errors_leave_nothing_behind(reference_ground):
-    with pytest.raises(ValueError, match=r"run must be a folder with a config\.json"):
+    with pytest.raises(ValueError, match=r"no config.json is beside run/pytorch_model.bin: name the dense base"):
         run(["run/pytorch_model.bin", "--output_dir", "out"])
     with pytest.raises(ValueError, match="base must be new or an empty folder"):
         run(["run/pytorch_model.bin", "--config", "base", "--output_dir", "base"])

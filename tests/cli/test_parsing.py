@@ -57,7 +57,9 @@ def test_so_are_a_config_files_keys(tmp_path):
 def test_help_keeps_the_defaults(capsys):
     with pytest.raises(SystemExit):
         read("--help")
-    assert "A count. (default: 8)" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--count N A count. (default: 8)" in printed
+    assert "--fast [true|false] Whether. --no_fast is false. (default: True)" in printed
 
 
 @pytest.mark.parametrize(

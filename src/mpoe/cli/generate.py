@@ -22,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
+from mpoe.cli.flags import read_flags
 from mpoe.cli.loading import kind_of, load_finished
-from mpoe.cli.parsing import raise_error
 from mpoe.cli.score import add_score_arguments, check_score_arguments, read_lines, read_references, score
 from mpoe.files import write_bytes
 from mpoe.printable import printable
@@ -42,8 +42,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: Not a model's folder, a classifier, flags that contradict each other, a prompt that is too long, a
             file that cannot be read or written.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = read_flags(_parser(), argv)
     _check(args)
     if kind_of(args.model) == "classification":
         raise ValueError(f"{args.model} answers with labels, it writes no text: mpoe predict {args.model} TEXT")
@@ -79,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mpoe generate",
         description="Generate text from prompts; without any, from the beginning of a text, or in a terminal from "
         "prompts that you type. Only what is generated is printed, not the prompt.",
-        allow_abbrev=False,
     )
-    parser.error = raise_error
     add = parser.add_argument
     add("model", help="folder of a causal or encoder-decoder model, dense or a mixture; an adapter's; a name on a hub")
     add("prompt", nargs="*", help="texts to go on from")

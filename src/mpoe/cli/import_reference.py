@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from mpoe.cli.parsing import raise_error
+from mpoe.cli.flags import read_flags
 from mpoe.files import check_new_folder, new_folder
 from mpoe.models import count_parameters, load_tokenizer, mixtures, mpo_experts, mpoe_config, read_config
 from mpoe.models.checkpoint import has_tokenizer
@@ -43,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
         choices=ORIENTATIONS,
         help="which dimensions come first in the sites of square matrices; default: as in the other matrices",
     )
-    parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv)
     if not args.checkpoint.is_file():
         raise ValueError(f"the checkpoint must be a file; {args.checkpoint} is none")
     base = str(args.checkpoint.parent) if args.config is None else args.config
+    if args.config is None and not (args.checkpoint.parent / "config.json").is_file():
+        raise ValueError(f"no config.json is beside {args.checkpoint}: name the dense base model with --config")
     check_new_folder(args.output_dir)
     config = read_config(base)
     console = PlainConsole()

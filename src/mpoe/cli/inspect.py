@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from rich.table import Table
@@ -39,6 +39,8 @@ MAY_BE_BARE = {"--plan": PLAN_TOKENS, "--scale": SCALE_DEVICES}
 @dataclass
 class InspectArguments:
     """Which model, and what about it."""
+
+    _argument_group_name: ClassVar[str] = "model, and what about it"
 
     model: str = field(
         metadata={
@@ -208,7 +210,7 @@ def _as_json(
 def _with_numbers(argv: Sequence[str]) -> list[str]:
     """`MAY_BE_BARE` flags without numbers get theirs, because a list must not be empty for Transformers' parser."""
     words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         words.append(word)
         if word in MAY_BE_BARE and following.startswith("--"):
             words.extend(map(str, MAY_BE_BARE[word]))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import SUPPRESS, Action, ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError, HelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
+from mpoe.cli.flags import DESCRIBE, Described, check_flag_names, refuse_in_one_line
+from mpoe.cli.help import SHOW_ALL, arrange
 from mpoe.files import brief, load_json, load_yaml
+from mpoe.printable import did_you_mean
 
 # What the reference's commands and config files say otherwise, for HfArgumentParser's own names.
 RENAMED = {
@@ -54,13 +57,16 @@ def parse(
     Raises:
         ValueError: An unknown flag or config key, a missing or wrong value, an unreadable config file.
     """
-    parser = HfArgumentParser(dataclasses, prog=prog, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
-    parser.error = raise_error  # one line instead of a usage of a hundred flags
+    parser = _parser(prog, description, dataclasses)
+    describe = list(argv) == [DESCRIBE]
+    arrange(parser, dataclasses, everything=describe or SHOW_ALL in argv)
+    if describe:
+        raise Described(parser)
     argv, path = _without_effect(_renamed_flags(argv)), None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         path = Path(argv.pop(0))
         _set_defaults(parser, _without_nulls(dataclasses, _renamed_keys(_read_config(path))), path)
+    check_flag_names(parser, argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         late = [word for word in unknown if word.endswith((".yaml", ".yml", ".json"))]
@@ -77,10 +83,22 @@ def parse(
         ValueError,
         OverflowError,
     ) as error:  # Transformers does not always name it
+        if str(error).partition(" ")[0] in values:  # a message of ours, that says which flag
+            raise ValueError(f"{path}: {error}" if path else str(error)) from error
         raise ValueError(f"{path or 'the flags'} must have values that go together; {error}") from error
     except ImportError as error:  # of a library that a flag is about
         raise ValueError(f"{path or 'the flags'} need a package that is not installed: {error}") from error
     return parsed, {name: value for name, value in values.items() if name in given}
+
+
+def _parser(prog: str, description: str, dataclasses: Sequence[type]) -> HfArgumentParser:
+    kinds: Any = dataclasses
+    parser = HfArgumentParser(
+        kinds, prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
+    refuse_in_one_line(parser)
+    return parser
 
 
 def without_defaults(dataclasses: Sequence[type], given: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +163,10 @@ def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], path: Path) 
     actions = {action.dest: action for action in reversed(parser._actions)}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
+        near = did_you_mean(unknown[0], actions) or ";"
         raise ValueError(
-            f"{path}: unknown config keys {brief(unknown)}; {parser.prog} --help lists the flags, which are the keys"
+            f"{path}: unknown config keys {brief(unknown)}{near} {parser.prog} --help lists the flags, which are the "
+            "keys"
         )
     for name, value in values.items():
         try:
@@ -181,12 +201,3 @@ def _without_nulls(dataclasses: Sequence[type], values: dict[str, Any]) -> dict[
         for name, value in values.items()
         if value is not None or name not in kinds or type(None) in get_args(kinds[name])
     }
-
-
-def raise_error(message: str) -> NoReturn:
-    """What a parser's `error` is to be: one line instead of a usage and an exit.
-
-    Args:
-        message: What argparse says.
-    """
-    raise ValueError(message)

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from mpoe.cli.parsing import parse
@@ -23,6 +25,8 @@ from mpoe.training.perplexity import block_and_stride, perplexity
 @dataclass
 class PerplexityArguments:
     """Which model, and how it is run."""
+
+    _argument_group_name: ClassVar[str] = "model, and how it is run"
 
     model_name_or_path: str = field(metadata={"help": "Folder with a causal language model, or a name on the hub."})
     tokenizer_name: str | None = field(
@@ -65,6 +69,7 @@ def run(argv: Sequence[str]) -> dict[str, float]:
     mixture_flags = {field.name for field in dataclasses.fields(MixtureArguments)} | {"num_experts"}
     asked = sorted(mixture_flags & {name for name, value in given.items() if value is not None})
     config = mixture_args.mpoe_config(arguments.num_experts, arguments.seed) if asked else None
+    _check_device(arguments.device)
     corpus = Corpus.open(corpus_args)
     text = corpus.test or corpus.validation or corpus.train
     assert text is not None  # nosec B101  # for the type checker: checked above
@@ -79,10 +84,7 @@ def run(argv: Sequence[str]) -> dict[str, float]:
         if is_upcycled(model):
             raise ValueError(f"the model has been upcycled before and stays what it is; leave {', '.join(asked)} out")
         upcycle(model, config)
-    try:
-        model.to(arguments.device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that torch has here; got {arguments.device}: {error}") from error
+    model.to(arguments.device)
     block_size, stride = block_and_stride(model, tokenizer, corpus_args.block_size, corpus_args.stride)
     tokens = tokenize_text(text, tokenizer, corpus_args.max_eval_tokens)
     metrics = perplexity(model, tokens, block_size, stride, arguments.batch_size, bos_of(tokenizer)).metrics()
@@ -94,3 +96,11 @@ def run(argv: Sequence[str]) -> dict[str, float]:
         write_json(Path(arguments.output), {**how, **metrics})
         console.print(f"written to {arguments.output}")
     return metrics
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of a name, a build and a machine without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch has here, such as cpu; got {name}: {reason}") from error

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpoe.cli.flags import read_flags
 from mpoe.cli.loading import check_tokens, kind_of, load_finished
-from mpoe.cli.parsing import raise_error
 from mpoe.printable import printable
 from mpoe.training.tasks import get_task
 
@@ -33,8 +33,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("text", nargs="+", help="texts to answer")
     parser.add_argument("--task", help="put each text into this task's form; without it the text is used as it is")
     parser.add_argument("--pair", action="store_true", help="classifiers: texts 1 and 2 are one question, and so on")
-    parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv)
     kind = kind_of(args.model)
     if kind == "causal":
         raise ValueError(f"{args.model} goes on with a text instead of answering it: mpoe generate {args.model} TEXT")

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 import mpoe
 from mpoe.cli.export import EXPORT_FILE
+from mpoe.cli.flags import read_flags
 from mpoe.cli.loading import base_of, load_finished
-from mpoe.cli.parsing import raise_error
 from mpoe.files import load_json, read_json, write_bytes
 from mpoe.models import class_of, count_parameters, load_whole, mpoe_config, read_config
 from mpoe.models.adapter_files import CONFIG_FILE, adapted_model, is_adapter
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Wrong input, a hub that cannot be reached or refuses.
     """
-    args = _parser().parse_args(argv)
+    args = read_flags(_parser(), argv)
     folder = Path(args.model)
     _check(folder, args)
     files = _files(folder, args.include)
@@ -80,9 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mpoe push",
         description="Upload a model to the hub with a generated model card. The token is the usual one: of hf auth "
         "login, or HF_TOKEN. A README.md in the folder goes up instead of the generated card.",
-        allow_abbrev=False,
     )
-    parser.error = raise_error
     add = parser.add_argument
     add("model", help="folder of a finished run, a saved mixture, an exported model or an adapter")
     add("name", help="of the repository, OWNER/NAME; it is made if it is not there")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mpoe.cli.parsing import raise_error
+from mpoe.cli.flags import read_flags
 from mpoe.files import load_json, write_json
 from mpoe.printable import printable
 from mpoe.report import PlainConsole
@@ -30,13 +30,11 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mpoe score",
         description="BLEU of generated sentences against a corpus, and Self-BLEU, how much they repeat each other.",
-        allow_abbrev=False,
     )
     parser.add_argument("samples", help="generated sentences, one a line; or .jsonl, with one in each object's 'text'")
     parser.add_argument("--seed", type=int, default=42, help="for the draws (default: 42)")
     add_score_arguments(parser)
-    parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv)
     if args.reference is None:
         raise ValueError("the sentences are compared with those of a corpus: name its file with --reference FILE")
     check_score_arguments(args)

@@ -7,7 +7,8 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
-import pickle  # nosec B403  # for its error alone
+import pickle
+import re  # nosec B403  # for its error alone
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ TOKENIZER_FILES = (
 NO_CODE = {"trust_remote_code": False}
 """For every loader of Transformers: left out, it asks on the terminal whether to execute a model's own code."""
 # What Transformers' code raises over a file that is JSON and makes no sense: whatever the line that reads it meets.
+# Lists of all classes, and links: they say nothing about what is wrong, and may be longer than a screen.
+_TRANSFORMERS_ADVICE = re.compile(r" (Model type should be one of|Check your internet connection or see) .*")
 _OF_A_BAD_CONFIG = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
@@ -279,6 +282,9 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
             reason = f"one of its files is damaged ({type(error).__name__}: {reason})"
         if "trust_remote_code" in str(error):  # Transformers' own text says how to execute it
             reason = "this one is code of its own, beside its weights, and mpoe executes none"
+        reason = _TRANSFORMERS_ADVICE.sub("", reason)
+        if "couldn't connect" in reason:
+            reason += " Correct the name; where no hub can be reached, mpoe fetch has small models"
         raise ValueError(
             f"{path} must be a folder with a config.json and a complete Transformers model of the right kind, or the "
             f"name of one on a hub that can be reached; {reason}"

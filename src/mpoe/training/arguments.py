@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config import COMPONENTS, MPOEConfig
 from mpoe.files import load_json
+from mpoe.training.argument_checks import check_packages, check_values
 from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
@@ -21,6 +22,8 @@ STACKS_FOR_LABELS = ("encoder",)
 @dataclass
 class ModelArguments:
     """Which model, how many experts, and what is loaded over it."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str = field(metadata={"help": "Folder with a Transformers model, or a name on the hub."})
     tokenizer_name: str | None = field(
@@ -59,6 +62,8 @@ class ModelArguments:
 @dataclass
 class MixtureArguments:
     """What a mixture is made of."""
+
+    _argument_group_name: ClassVar[str] = "mixture"
 
     moe_type: Literal["switch", "moe", "none", ""] = field(
         default="switch",
@@ -245,6 +250,8 @@ class MixtureArguments:
 class TrainableArguments:
     """What trains, and how fast."""
 
+    _argument_group_name: ClassVar[str] = "what trains, and how fast"
+
     freeze_model: bool = field(
         default=False, metadata={"help": "Train MPOs, experts and routers only, not the rest of the model."}
     )
@@ -320,6 +327,8 @@ class TrainableArguments:
 class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
     """Transformers' own training arguments, with defaults for fine-tuning T5; `mpoe.training.objective` has others."""
 
+    _argument_group_name: ClassVar[str] = "run"
+
     output_dir: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         metadata={"help": "Folder for the model, the tokenizer, results.json and checkpoints; new, or this very run's."}
     )
@@ -342,6 +351,11 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
             "costs nothing, the mixture does nothing."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_packages(self)
+        super().__post_init__()
+        check_values(self)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 TEXT_TO_TEXT, CAUSAL_LM, CLASSIFICATION = "text-to-text", "causal-lm", "classification"
 
@@ -12,6 +12,8 @@ TEXT_TO_TEXT, CAUSAL_LM, CLASSIFICATION = "text-to-text", "causal-lm", "classifi
 @dataclass
 class DataArguments:
     """Which objective, which tasks, and where their data are."""
+
+    _argument_group_name: ClassVar[str] = "task"
 
     tasks: list[str] | None = field(
         default=None,
@@ -60,6 +62,8 @@ class DataArguments:
 @dataclass
 class CorpusArguments:
     """Which text a language model learns or is measured on, and how it is cut."""
+
+    _argument_group_name: ClassVar[str] = "text of a language model"
 
     corpus: str | None = field(
         default=None,

@@ -194,8 +194,8 @@ def finetune(
         # T5's stacks have word embeddings of their own with the same weight. Accelerate shards the model's apart from
         # the rest, and finds that weight twice unless they are one module.
         model.set_input_embeddings(model.get_input_embeddings())
-    trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
     with signals, folder.guard(args.process_index == 0):
+        trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
         done = _train(trainer, folder.checkpoint)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
@@ -256,6 +256,10 @@ def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutpu
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from error  # it lists the metrics that there are
     except (pickle.UnpicklingError, EOFError) as error:
         if checkpoint is None:
             raise

@@ -94,6 +94,8 @@ class RunFolder:
     def guard(self, is_main: bool = True) -> Iterator[None]:
         """Within it nobody else trains here; a full disk is one clear error, and what was written in part is deleted.
 
+        A run that fails before it has written anything gives the folder free again, for the mended command.
+
         Args:
             is_main: Whether this process holds the folder; of a distributed run, one does.
 
@@ -101,7 +103,8 @@ class RunFolder:
             ValueError: Another process trains in the folder, or the disk is full.
         """
         try:
-            with self._held() if is_main else nullcontext():
+            held = self._held() if is_main else nullcontext()
+            with self._freed_if_nothing_was_written() if is_main else nullcontext(), held:
                 yield
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_full_disk(error, self.path):
@@ -134,6 +137,15 @@ class RunFolder:
         finally:
             lock.release()
             (self.path / _LOCK).unlink(missing_ok=True)
+
+    @contextmanager
+    def _freed_if_nothing_was_written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            if [file.name for file in self.path.iterdir()] == [RUN_FILE]:
+                (self.path / RUN_FILE).unlink(missing_ok=True)
+            raise
 
     def save(self, write_model: Callable[[str], None], results: dict[str, Any], is_main: bool = True) -> None:
         """Write the model's files, then the results; every file appears under its name only when it is complete.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.files import brief, load_yaml
+from mpoe.printable import did_you_mean
 from mpoe.training.metrics import METRICS
 from mpoe.training.task_data import Kind, Task, TaskData, load_task
 
@@ -191,7 +192,8 @@ def get_task(name: str) -> Task:
     if name.lower().endswith((".yaml", ".yml")):
         return _described_task(Path(name))
     if name.lower() not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, or a .yaml file that describes one; got {name!r}")
+        known = f"{', '.join(TASKS)}, or a .yaml file that describes one"
+        raise ValueError(f"task must be one of {known}; got {name!r}{did_you_mean(name, TASKS)}")
     return TASKS[name.lower()]
 
 
