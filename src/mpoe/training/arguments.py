@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config import COMPONENTS, MPOEConfig
 from mpoe.files import load_json
+from mpoe.training.live import check_report_to
 from mpoe.training.optimizer import Freezing
 
 NO_TRUNCATION = 30000  # the reference's way to say "none"
@@ -342,6 +343,10 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
             "costs nothing, the mixture does nothing."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_report_to(self.report_to or [])
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -43,6 +43,7 @@ from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
 from mpoe.training.checkpoint_files import CheckpointCallback, NothingLeft
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
+from mpoe.training.live import LiveLog
 from mpoe.training.objective import Metrics, Objective
 from mpoe.training.optimizer import TrainedPart, optimizer_for_mpos, trained_parts
 from mpoe.training.run_folder import RunFolder
@@ -195,6 +196,7 @@ def finetune(
         # the rest, and finds that weight twice unless they are one module.
         model.set_input_embeddings(model.get_input_embeddings())
     trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
+    LiveLog(mask).attach(trainer)
     with signals, folder.guard(args.process_index == 0):
         done = _train(trainer, folder.checkpoint)
         if use_cache is not None:
