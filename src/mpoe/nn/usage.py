@@ -74,19 +74,21 @@ class RouterUsage:
         self.losses.add_(1)
 
     @torch.no_grad()
-    def plus(self, other: RouterUsage, times: int = 1) -> RouterUsage:
-        """The sums of both, or with times = -1 what has come since the other was a copy of this one.
+    def plus(self, other: RouterUsage) -> RouterUsage:
+        """The sums of both, in memory of their own.
 
         Args:
             other: Of the same layer.
-            times: The other one's weight, 1 or -1.
         """
-        counts = vars(other)
-        return RouterUsage(**{name: count + times * counts[name] for name, count in vars(self).items()})
+        return RouterUsage(**{name: count + getattr(other, name) for name, count in vars(self).items()})
 
-    def copy(self) -> RouterUsage:
-        """What it is now, in memory of its own."""
-        return RouterUsage(**{name: count.clone() for name, count in vars(self).items()})
+    @torch.no_grad()
+    def take(self) -> RouterUsage:
+        """What it is now, in memory of its own; this one is nothing again."""
+        taken = RouterUsage(**{name: count.clone() for name, count in vars(self).items()})
+        for count in vars(self).values():
+            count.zero_()
+        return taken
 
     def sum_over_processes(self) -> None:
         """Add what the other processes of a distributed run have counted; all of them have to call it."""

@@ -33,8 +33,8 @@ _OF_THE_CLOCK = ("_runtime", "_per_second")
 class LiveLog(TrainerCallback):
     """Logs what the routers and experts of every layer have done in training since the last logging step.
 
-    Between logging steps nothing is read from the device. What others count and reset (`mpoe.models.reset_usage`) is
-    left as it is, and what evaluations route is not counted.
+    Between logging steps nothing is read from the device. What `mpoe.models.router_statistics` counts and
+    `reset_usage` resets is left as it is, and what evaluations route is not logged.
 
     Args:
         mask: The gradient mask whose counts are logged; None is none.
@@ -43,9 +43,7 @@ class LiveLog(TrainerCallback):
     def __init__(self, mask: GradientMask | None = None) -> None:
         self._mask = mask
         self._is_training = False
-        # By layer: where its usage stood when it was last looked at, and what has been seen of it since the last log.
-        self._seen: dict[str, tuple[RouterUsage, RouterUsage]] = {}
-        self._pending: dict[str, RouterUsage] = {}
+        self._pending: dict[str, RouterUsage] = {}  # by layer, taken since the last log
 
     def attach(self, trainer: Trainer) -> None:
         """Become a callback of a Trainer, before those that report, and after the one that prints.
@@ -65,7 +63,6 @@ class LiveLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer; of a resumed run, lines after the checkpoint's step are cut."""
         self._is_training = True
-        self._seen.clear()
         self._pending.clear()
         if state.is_world_process_zero:
             cut_log(Path(args.output_dir), state.global_step)
@@ -73,16 +70,16 @@ class LiveLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer, after the callback that decides on evaluations."""
         if control.should_evaluate:
-            self._look(kwargs["model"])
+            self._take(kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer, before others start counting anew and before it evaluates."""
-        self._look(kwargs["model"])
+        self._take(kwargs["model"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer; what it has routed is no training."""
         if self._is_training:
-            self._look(kwargs["model"], count=False)
+            self._take(kwargs["model"], count=False)
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         """Called by the Trainer; as `on_evaluate`."""
@@ -103,23 +100,17 @@ class LiveLog(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
         self._is_training = False
-        self._seen.clear()
 
-    def _look(self, model: nn.Module, count: bool = True) -> None:
-        """Note what every layer has routed since the last look; without synchronisation."""
+    def _take(self, model: nn.Module, count: bool = True) -> None:
+        """Take what every layer has routed since the last time; without synchronisation."""
         for name, layer in mixtures(model).items():
-            if (now := layer.usage) is None:
-                continue
-            if count:
-                owner, before = self._seen.get(name, (None, now))
-                # another owner: somebody has started counting anew
-                new = now.plus(before, -1) if owner is now else now.copy()
-                self._pending[name] = self._pending[name].plus(new) if name in self._pending else new
-            self._seen[name] = now, now.copy()
+            taken = layer.take_usage()
+            if taken is not None and count:
+                self._pending[name] = self._pending[name].plus(taken) if name in self._pending else taken
 
     def _since_last_log(self, model: nn.Module) -> dict[str, Any]:
         """What is logged of the mixture, JSON-ready; all processes have to call it."""
-        self._look(model)
+        self._take(model)
         pending, self._pending = self._pending, {}
         layers = mixtures(model)
         # a sharded tensor is nowhere whole
