@@ -25,6 +25,7 @@ COMMANDS = {
     "perplexity": "how well a language model predicts a text: mpoe perplexity MODEL --test_file FILE",
     "predict": "let a fine-tuned model answer: mpoe predict OUT --task sentiment 'A fine film.'",
     "push": "a model to a hub, with a model card: mpoe push OUT owner/name --license apache-2.0",
+    "report": "runs on one HTML page, with curves and experts: mpoe report runs/dense runs/mpoe --text 'A fine film.'",
     "score": "BLEU and Self-BLEU of generated sentences: mpoe score SAMPLES --reference FILE",
 }
 
