@@ -122,10 +122,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, batch: Any, text: str) -> list[t
     if not tokenizer.is_fast:
         return [(" ", _shown(tokenizer, token)) for token in ids]
     pieces, end = [], 0
-    special = set(tokenizer.all_special_ids)
     for position, token in enumerate(ids):
         span = batch.token_to_chars(0, position)
-        if span is None or token in special or span.start == span.end:
+        if span is None or span.start == span.end:  # a token that the tokenizer has added
             pieces.append((" ", _shown(tokenizer, token)))
             continue
         piece = text[max(span.start, end) : span.end]

@@ -105,6 +105,6 @@ def shown_value(column: str, value: float | str | None) -> str:
     """
     if value is None or isinstance(value, str):
         return value or "-"
-    digits = {"parameters, M": 1, "trained, M": 1, "steps": 0, "s a step": 2, "peak memory, GiB": 1}
-    digits = {**digits, **dict.fromkeys(SCORES.values(), 2)}.get(column, 4)
+    digits = {"steps": 0, "s a step": 2, "peak memory, GiB": 1, **dict.fromkeys(SCORES.values(), 2)}
+    digits = 1 if column.endswith(", M") else digits.get(column, 4)
     return f"{value:,.{digits}f}"

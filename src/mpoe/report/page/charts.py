@@ -109,7 +109,7 @@ def line_chart(
         return None
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points] + [y for line in series for band in line.band for y in band[1:]]
-    x_scale = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, is_log)
+    x_scale = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, is_log, is_count=all(x == int(x) for x in xs))
     low, high = (0.0 if from_zero else min(ys)), max(ys)
     if not is_log:
         room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
@@ -150,8 +150,9 @@ def number(value: float) -> str:
 class _Scale:
     """From values to pixels."""
 
-    def __init__(self, low: float, high: float, start: float, end: float, is_log: bool) -> None:
+    def __init__(self, low: float, high: float, start: float, end: float, is_log: bool, is_count: bool = False) -> None:
         self.low, self.high, self.start, self.end, self.is_log = low, high, start, end, is_log
+        self.smallest_step = 1.0 if is_count else 0.0
 
     def __call__(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
@@ -163,17 +164,22 @@ class _Scale:
         return [Tick(round(self(value), 1), number(value)) for value in values]
 
     def _round_values(self, count: int) -> list[float]:
-        step = (self.high - self.low) / count or 1.0
+        step = max((self.high - self.low) / count, self.smallest_step) or 1.0
         power = 10.0 ** math.floor(math.log10(step))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= step * (1 - 1e-9))
+        factors = (1, 2, 5, 10) if self.smallest_step else (1, 2, 2.5, 5, 10)
+        step = next(factor * power for factor in factors if factor * power >= step * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)
         return [round(n * step, 12) for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
     def _decades(self, count: int) -> list[float]:
-        first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-        every = max(1, math.ceil((last - first + 1) / count))
-        values = [10.0**n for n in range(first, last + 1, every)]
-        return values if len(values) > 1 else sorted({self.low, self.high})
+        """Powers of ten, or also their multiples where there are few of them."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for factors in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+            values = [factor * 10.0**n for n in powers for factor in factors]
+            values = [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+            if len(values) >= 3:
+                break
+        return list(thin(values, count + 1)) or [self.low]
 
 
 def _positive(line: Series) -> Series:

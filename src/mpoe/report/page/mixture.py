@@ -175,11 +175,8 @@ def _spectrum_chart(of_bonds: Sequence[BondSpectrum], name: str) -> Chart | None
     series = []
     for style, spectrum in enumerate(of_bonds):
         first, *others = spectrum.values
-        band = (
-            [(x, min(values), max(values)) for x, *values in zip(spectrum.index, *others, strict=True)]
-            if others
-            else ()
-        )
+        of_others = zip(spectrum.index, *others, strict=True) if others else ()
+        band = [(x, min(values), max(values)) for x, *values in of_others]
         shown = f"bond {spectrum.bond}" + (", expert 0" if others else "")
         series.append(Series(shown, list(zip(map(float, spectrum.index), first, strict=True)), style, band))
     note = "The area reaches over the other experts." if any(len(s.values) > 1 for s in of_bonds) else ""
@@ -190,9 +187,7 @@ def _spectrum_chart(of_bonds: Sequence[BondSpectrum], name: str) -> Chart | None
 def _entropy_chart(of_bond: Sequence[BondSpectrum], bond: int) -> Chart | None:
     kinds: dict[str, list[BondSpectrum]] = {}
     for spectrum in of_bond:
-        kinds.setdefault(_matrix_name(spectrum.matrix, labels).rpartition(", ")[2].rpartition(".")[2], []).append(
-            spectrum
-        )
+        kinds.setdefault(spectrum.matrix.rpartition(".")[2], []).append(spectrum)
     series = [
         Series(
             kind,
@@ -226,6 +221,12 @@ class TokenMap:
     experts: int
     layers: Sequence[str]
     choices: Sequence[Sequence[tuple[Sequence[int], int]]]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each expert in the first layer."""
+        first = [experts[0] for experts, _ in self.choices[0] if experts]
+        return [first.count(expert) for expert in range(self.experts)]
 
 
 def token_maps(run: RunReport) -> list[TokenMap]:

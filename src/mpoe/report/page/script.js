@@ -58,7 +58,7 @@ for (const table of document.querySelectorAll("[data-heat]")) {
 
 for (const text of document.querySelectorAll("[data-tokens]")) {
   const choices = JSON.parse(text.dataset.choices), tokens = [...text.querySelectorAll(".token")];
-  const counts = [...document.querySelectorAll(`[data-counts="${text.dataset.tokens}"] small`)];
+  const counts = [...document.querySelectorAll(`[data-counts="${text.dataset.tokens}"] span`)];
   onSlide(text.dataset.tokens, (at) => {
     const of = counts.map(() => 0);
     tokens.forEach((token, n) => {

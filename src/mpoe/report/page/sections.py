@@ -76,14 +76,16 @@ def _experts_of(run: RunReport) -> int:
 def comparison(runs: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
     """All numbers of the finished runs: what, and of each run; nothing if fewer than two have finished."""
     results = {run.name: run.result for run in runs if run.result is not None}
-    rows = comparison_rows(results)
-    names = [run.name for run in runs]
     if len(results) < 2:
         return []
-    of_run = {str(row["run"]): row for row in rows}
+    of_run = {str(row["run"]): row for row in comparison_rows(results)}
+    for name, row in of_run.items():
+        count = results[name].parameters
+        row |= {"dense model, M": count.dense / 1e6, "met by one token, M": count.active / 1e6}
+    columns = list(dict.fromkeys(column for row in of_run.values() for column in row if column != "run"))
     return [
-        (column, [shown_value(column, of_run[name][column]) if name in of_run else "-" for name in names])
-        for column in list(rows[0])[1:]
+        (column, [shown_value(column, of_run[run.name][column]) if run.name in of_run else "-" for run in runs])
+        for column in columns
     ]
 
 
@@ -133,18 +135,18 @@ class Bar:
 def parameter_bars(runs: Sequence[RunReport]) -> list[Bar]:
     """Parameters of the runs, of their dense models and of the same mixtures with whole experts."""
     counts = [(run.name, run.result.parameters) for run in runs if run.result is not None]
-    references: dict[tuple[str, int], dict[str, int]] = {}
+    models = [(name, _of_count(count), False) for name, count in counts]
     for name, count in counts:
         if count.total == count.dense:
             continue
-        references[f"dense model of {name}", count.dense] = _parts(count.other, count.dense - count.other, 0, 0)
+        whole = count.whole_experts - count.other - count.router
+        models.append((f"the dense model of {name}", _parts(count.other, count.dense - count.other, 0, 0), True))
         if count.whole_experts != count.dense:
-            whole = count.whole_experts - count.other - count.router
-            references[f"{name} with whole experts", count.whole_experts] = _parts(count.other, whole, 0, count.router)
-    # a dense model that is among the runs is shown once
-    totals = {count.total for _, count in counts}
-    bars = [(name, _of_count(count), False) for name, count in counts]
-    bars += [(label, parts, True) for (label, total), parts in references.items() if total not in totals]
+            models.append((f"{name} with whole experts", _parts(count.other, whole, 0, count.router), True))
+    bars: list[tuple[str, dict[str, int], bool]] = []
+    for label, parts, is_reference in models:  # what a run or another reference shows already is shown once
+        if not is_reference or sum(parts.values()) not in [sum(shown.values()) for _, shown, _ in bars]:
+            bars.append((label, parts, is_reference))
     widest = max((sum(parts.values()) for _, parts, _ in bars), default=0)
     names = {"other": "the rest", "central": "matrices, or central tensors", "auxiliary": "auxiliary tensors"}
     return [
