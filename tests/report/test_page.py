@@ -63,7 +63,7 @@ def test_it_has_every_part(page):
         "mpoe-8", "dense", "google/flan-t5-small", "8 experts in 8 layers", "Training loss", "Validation accuracy",
         "0.8125", "1.42", "encoder 0", "decoder 3", "Router entropy", "Load-balancing loss", "gradient mask",
         "mpoe-8 with whole experts", "308.0 M", "How the experts move apart", "Entanglement entropy of bond 1",
-        "encoder 0, up", "No experts, so no token has one.",
+        "encoder 0, up", "dense: no experts, so no token has one.",
     ):  # fmt: skip
         assert words in page.words, words
     assert "What is missing" not in page.words

@@ -47,9 +47,7 @@ def _over_layers(
                 points.append((entry["step"], statistics.fmean(values)))
                 band.append((entry["step"], min(values), max(values)))
         series.append(Series(run.name, points, style, band))
-    return line_chart(
-        title, "step", series, note="The line is the mean over layers, the area reaches over all of them."
-    )
+    return line_chart(title, "step", series)
 
 
 @dataclass(frozen=True)
