@@ -60,7 +60,8 @@ def _operators(model: nn.Module) -> Iterator[tuple[str, list[MPO]]]:
             seen.update(module.mpos)
             yield name, [mpo.expert(0) for mpo in module.mpos]
         elif isinstance(module, MPOExperts) and module not in seen:
-            yield name, [module.expert(e) for e in range(module.num_experts)]
+            # a layer without experts keeps its MPO under that name
+            yield name.removesuffix(".experts"), [module.expert(e) for e in range(module.num_experts)]
 
 
 def _spectrum(name: str, bond: int, operators: Sequence[MPO]) -> BondSpectrum:
