@@ -40,6 +40,9 @@ def run(argv: Sequence[str]) -> None:
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--text", help="a text: which expert each of its tokens goes to, layer by layer")
     texts.add_argument("--text_file", metavar="FILE", help="the same from a file, UTF-8")
+    parser.add_argument(
+        "--no_spectra", action="store_true", help="leave singular values out: they take minutes for a large model"
+    )
     parser.error = raise_error
     args = parser.parse_args(argv)
     runs = name_runs(args.runs)
@@ -54,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     reports = []
     for name, path in runs.items():
         console.print(f"Reading {path} ...")
-        report = _read(name, path, text)
+        report = _read(name, path, text, not args.no_spectra)
         reports.append(report)
         for note in report.notes:
             console.print(f"  {note}")
@@ -89,7 +92,7 @@ def _text(args: argparse.Namespace) -> str | None:
     return text
 
 
-def _read(name: str, path: Path, text: str | None) -> RunReport:
+def _read(name: str, path: Path, text: str | None, with_spectra: bool) -> RunReport:
     """All that is known of a run; what is not there becomes a note."""
     arguments = read_json(path / RUN_FILE)
     model = str(arguments.get("model_name_or_path", ""))
@@ -105,7 +108,7 @@ def _read(name: str, path: Path, text: str | None) -> RunReport:
     found: dict[str, Any] = {}
     if result is not None:
         try:
-            found = _from_weights(path, text)
+            found = _from_weights(path, text, with_spectra)
         except ValueError as error:
             notes.append(f"Weights not read, so no spectra and no tokens: {' '.join(str(error).split())}")
     return RunReport(
@@ -126,7 +129,7 @@ def _log_of_checkpoint(path: Path) -> list[dict[str, Any]]:
     return []
 
 
-def _from_weights(path: Path, text: str | None) -> dict[str, Any]:
+def _from_weights(path: Path, text: str | None, with_spectra: bool) -> dict[str, Any]:
     """What the finished model itself tells, of those that are not dense."""
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{path} holds no *.safetensors")
@@ -137,6 +140,6 @@ def _from_weights(path: Path, text: str | None) -> dict[str, Any]:
         return {}
     return {
         "divergence": {name: float(divergence(layer)) for name, layer in mixtures(model).items()},
-        "spectra": bond_spectra(model),
+        "spectra": bond_spectra(model) if with_spectra else [],
         "texts": route_text(model, tokenizer, text) if text is not None and routers(model) else [],
     }

@@ -45,11 +45,16 @@ def bond_spectra(model: nn.Module) -> list[BondSpectrum]:
     Args:
         model: Any; matrices that are no MPOs have no bonds.
     """
-    return [
-        _spectrum(name, bond, operators)
-        for name, operators in tqdm(list(_operators(model)), desc="Singular values", delay=5, leave=False)
-        for bond in range(1, operators[0].dims.num_sites)
-    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the factorisations are small: where cores are busy, threads only wait for each other
+    try:
+        return [
+            _spectrum(name, bond, operators)
+            for name, operators in tqdm(list(_operators(model)), desc="Singular values", delay=5, leave=False)
+            for bond in range(1, operators[0].dims.num_sites)
+        ]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _operators(model: nn.Module) -> Iterator[tuple[str, list[MPO]]]:
