@@ -153,7 +153,7 @@ def spectra(run: RunReport) -> Spectra | None:
     for spectrum in run.spectra:
         by_matrix.setdefault(spectrum.matrix, []).append(spectrum)
     named = {matrix: _matrix_name(matrix, labels) for matrix in thin(list(by_matrix), MOST_SPECTRA)}
-    charts = {named[matrix]: _spectrum_chart(by_matrix[matrix], named[matrix]) for matrix in named}
+    charts = {named[matrix]: _spectrum_chart(by_matrix[matrix]) for matrix in named}
     found = {name: chart for name, chart in charts.items() if chart is not None}
     bonds = sorted({spectrum.bond for spectrum in run.spectra})
     entropies = [_entropy_chart([s for s in run.spectra if s.bond == bond], bond) for bond in bonds]
@@ -169,16 +169,22 @@ def _matrix_name(matrix: str, labels: Mapping[str, str]) -> str:
     return matrix if layer is None else f"{labels[layer]}, {matrix.removeprefix(f'{layer}.')}"
 
 
-def _spectrum_chart(of_bonds: Sequence[BondSpectrum], name: str) -> Chart | None:
-    series = []
+def _spectrum_chart(of_bonds: Sequence[BondSpectrum]) -> Chart | None:
+    series, apart = [], 0.0
     for style, spectrum in enumerate(of_bonds):
         first, *others = spectrum.values
         of_others = zip(spectrum.index, *others, strict=True) if others else ()
         band = [(x, min(values), max(values)) for x, *values in of_others]
+        pairs = [pair for values in others for pair in zip(first, values, strict=True)]
+        apart = max([apart, *(abs(value / own - 1) for own, value in pairs if own)])
         shown = f"bond {spectrum.bond}" + (", expert 0" if others else "")
         series.append(Series(shown, list(zip(map(float, spectrum.index), first, strict=True)), style, band))
-    note = "The area reaches over the other experts." if any(len(s.values) > 1 for s in of_bonds) else ""
-    title = f"Singular values, relative to the largest: {name}"
+    note = ""
+    if any(len(spectrum.values) > 1 for spectrum in of_bonds):
+        note = (
+            f"The area reaches over the other experts; their values differ from expert 0's by up to {100 * apart:.2g}%."
+        )
+    title = "Singular values, relative to the largest"
     return line_chart(title, "number of the singular value", series, is_log=True, note=note)
 
 
