@@ -11,6 +11,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from mpoe.cli.main import main
+from mpoe.training.live import read_log
 from tiny import FLAGS, tiny_t5, tiny_tokenizer, write_sentiment
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -35,6 +36,18 @@ def finish(folder, *command):
     return done.stdout
 
 
+def assert_equal_logs(one, other):
+    """The processes' tokens are counted together, each of them once."""
+    first, second = map(read_log, (one, other))
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for line, of_other in zip(first, second, strict=True):
+        assert line.get("mask") == of_other.get("mask")
+        for name, values in line.get("layers", {}).items():
+            assert of_other["layers"][name] == {
+                key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in values.items()
+            }
+
+
 def assert_equal_runs(one, other):
     expected, got = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert max((got[name] - weight).abs().max().item() for name, weight in expected.items()) <= 1e-5
@@ -49,6 +62,7 @@ def test_two_processes_train_as_one_with_two_micro_batches(ground):
     printed = finish(ground, *TWO, *COMMAND)
     assert printed.count("Share of tokens per expert") == 1
     assert_equal_runs(ground / "one", ground / "run")
+    assert_equal_logs(ground / "one", ground / "run")
     shutil.rmtree(ground / "run")
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
         "See", "parameters, matrices, plan and cost of a mixture", "mpoe inspect t5-base --num_experts 8 16"
     ),
     "compare": Command("See", "finished runs in one table", "mpoe compare runs/dense runs/mpoe"),
+    "report": Command("See", "runs on one HTML page", "mpoe report runs/dense runs/mpoe --text 'A fine film.'"),
     "demo": Command("Train", "a real T5 and real text from PyPI, in minutes", "mpoe demo --compare"),
     "finetune": Command(
         "Train", "fine-tune a model as a mixture", "mpoe finetune --task cola --model_name_or_path DIR --output_dir OUT"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpoe.cli.flags import read_flags
+from mpoe.cli.runs import beside, name_runs
 from mpoe.files import fits, read_json, write_bytes
 from mpoe.report import PlainConsole, comparison_rows, comparison_table, comparison_text
 from mpoe.report.comparison import FORMATS, SCORES
@@ -32,14 +33,10 @@ def run(argv: Sequence[str]) -> None:
         "-o", "--output", help="file for the table: .md, .csv or .json (default: comparison.md beside the runs)"
     )
     args = read_flags(parser, argv)
-    paths = [Path(path) for path in args.runs]
-    # Where all runs lie in one folder, its name says nothing in a table.
-    folders = {path.parent for path in paths}
-    named = {path.name if len(folders) == 1 else str(path): path for path in paths}
+    named = name_runs(args.runs)
     results = {name: _result(path) for name, path in named.items()}
     scores = {name: _scores(path / SCORES_FILE) for name, path in named.items() if (path / SCORES_FILE).is_file()}
-    default = folders.pop() / "comparison.md" if len(folders) == 1 else Path("comparison.md")
-    output = default if args.output is None else Path(args.output)
+    output = beside(named, "comparison.md") if args.output is None else Path(args.output)
     if output.suffix not in FORMATS:
         raise ValueError(f"output must be a file {', '.join(FORMATS)}; got {output}")
     rows = comparison_rows(results, scores)

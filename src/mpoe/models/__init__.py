@@ -28,13 +28,19 @@ from mpoe.models.merge import merge
 from mpoe.models.quantized_base import memory_bytes
 from mpoe.models.router_loss import mixtures, mpoe_config, routers, take_router_loss
 from mpoe.models.routing import shuffled_routing
+from mpoe.models.spectra import BondSpectrum, bond_spectra
+from mpoe.models.token_experts import LayerChoice, TokenRouting, route_text
 from mpoe.models.upcycle import upcycle
 
 __all__ = [
     "FAMILIES",
     "NO_CODE",
+    "BondSpectrum",
+    "LayerChoice",
     "ParameterCount",
+    "TokenRouting",
     "active_adapter",
+    "bond_spectra",
     "class_of",
     "clear_load_errors",
     "component_modules",
@@ -53,6 +59,7 @@ __all__ = [
     "mpoe_config",
     "read_config",
     "reset_usage",
+    "route_text",
     "router_statistics",
     "routers",
     "save_adapter",

@@ -114,11 +114,8 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
     Args:
         model: A mixture. Layers that have seen no token are left out.
     """
-    return {
-        name: layer.usage.statistics()
-        for name, layer in mixtures(model).items()
-        if layer.usage is not None and layer.usage.tokens > 0
-    }
+    usages = {name: layer.total_usage() for name, layer in mixtures(model).items()}
+    return {name: usage.statistics() for name, usage in usages.items() if usage is not None and usage.tokens > 0}
 
 
 def mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
@@ -161,6 +158,7 @@ def sum_usage(model: nn.Module) -> None:
     """
     if dist.is_available() and dist.is_initialized():
         for layer in mixtures(model).values():
+            layer.usage, layer.taken_usage = layer.total_usage(), None
             if layer.usage is not None:
                 layer.usage.sum_over_processes()
 

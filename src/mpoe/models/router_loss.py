@@ -49,7 +49,10 @@ def take_router_loss(model: nn.Module) -> Tensor | None:
     for layer in mixtures(model).values():
         output, layer.router_output = layer.router_output, None
         if output is not None and layer.router is not None:
-            loss = config.load_balancing_coef * output.load_balancing_loss
+            balance_loss = output.load_balancing_loss
+            if layer.usage is not None:
+                layer.usage.add_balance_loss(balance_loss.detach())
+            loss = config.load_balancing_coef * balance_loss
             if config.router_z_loss_coef:
                 loss = loss + config.router_z_loss_coef * output.z_loss
             if torch.is_grad_enabled() and layer.router.weight.requires_grad and not loss.requires_grad:

@@ -137,11 +137,7 @@ class MPO:
 
     def entropy(self, bond: int) -> float:
         """The entanglement entropy across one bond, -sum p ln p with p = s² / sum s², in nats; 0 for a zero matrix."""
-        squares = self.spectrum(bond).double() ** 2
-        total = squares.sum()
-        if total == 0:
-            return 0.0
-        return float(torch.special.entr(squares / total).sum())
+        return spectrum_entropy(self.spectrum(bond))
 
     def norm(self) -> float:
         """The Frobenius norm of the matrix (padding included, which is zero after `decompose`)."""
@@ -151,6 +147,17 @@ class MPO:
 
     def _unit(self, size: int) -> Tensor:
         return torch.eye(size, dtype=self.central.dtype, device=self.central.device)
+
+
+def spectrum_entropy(singular_values: Float[Tensor, " b"]) -> float:
+    """The entropy of singular values, -sum p ln p with p = s² / sum s², in nats; 0 if all are zero.
+
+    Args:
+        singular_values: In any order.
+    """
+    squares = singular_values.double() ** 2
+    total = squares.sum()
+    return float(torch.special.entr(squares / total).sum()) if total else 0.0
 
 
 def _contract_arm(sites: Sequence[Tensor], open_bond: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from mpoe.nn.accumulation import Accumulation
 from mpoe.nn.dispatch import Dispatch
+from mpoe.nn.divergence import divergence
 from mpoe.nn.experts import DenseExperts, MPOExperts, per_token
 from mpoe.nn.feed_forward import Experts, MoEFeedForward
 from mpoe.nn.frozen_base import FrozenBaseExperts
@@ -28,6 +29,7 @@ __all__ = [
     "RouterUsage",
     "TopKRouter",
     "UnsharedMPOExperts",
+    "divergence",
     "load_balancing_loss",
     "per_token",
     "refer",

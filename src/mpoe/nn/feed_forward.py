@@ -43,7 +43,8 @@ class MoEFeedForward(nn.Module):
             tokens are meant, as with a cache of keys and values.
         prefix: What begins every input, (B, D), which routing "prefix" goes by; None if nobody has said.
         router_output: What the router decided in the last forward; None after the model's loss has taken it.
-        usage: What it has decided since `reset_usage`; None before the first forward.
+        usage: What it has decided since `reset_usage` or `take_usage`; None before the first forward.
+        taken_usage: What has been taken since `reset_usage`; None is nothing.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class MoEFeedForward(nn.Module):
         self.prefix: Float[Tensor, "B D"] | None = None
         self.router_output: RouterOutput | None = None
         self.usage: RouterUsage | None = None
+        self.taken_usage: RouterUsage | None = None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """The routed experts' FFNs for every token; 0 for a token that all its experts dropped."""
@@ -86,7 +88,24 @@ class MoEFeedForward(nn.Module):
 
     def reset_usage(self) -> None:
         """Start counting anew."""
-        self.usage = None
+        self.usage = self.taken_usage = None
+
+    def take_usage(self) -> RouterUsage | None:
+        """What the router has decided since this was last called; `total_usage` goes on counting.
+
+        Sums that begin at 0 every time are the same in a run that was interrupted; differences of sums would not be.
+        """
+        if self.usage is None:
+            return None
+        taken = self.usage.take()
+        self.taken_usage = taken if self.taken_usage is None else self.taken_usage.plus(taken)
+        return taken
+
+    def total_usage(self) -> RouterUsage | None:
+        """What the router has decided since `reset_usage`; None if nothing."""
+        if self.usage is None or self.taken_usage is None:
+            return self.usage
+        return self.usage.plus(self.taken_usage)
 
     def _route(self, router: TopKRouter, x: Tensor) -> RouterOutput:
         tokens = x.shape[:-1].numel()
@@ -140,4 +159,5 @@ class MoEFeedForward(nn.Module):
         self.router_output = route if self.training else None
         if self.usage is None or self.usage.tokens.device != route.logits.device:
             self.usage = RouterUsage.nothing(route.logits.shape[1], route.logits.device)
+            self.taken_usage = None
         self.usage.add(route)

@@ -90,6 +90,17 @@ class FrozenBaseExperts(nn.Module):
         chain = torch.einsum("pa,aoib,bq->poiq", left, central, right)
         return chain.reshape(self.dims.out_features, self.dims.in_features)
 
+    def auxiliary_stacks(self, dtype: torch.dtype) -> list[Tensor]:
+        """The auxiliary tensors of all experts as matrices, I + scale · offset: (E, p, a) and (E, b, q).
+
+        Args:
+            dtype: Of the results.
+        """
+        return [
+            torch.eye(offsets.shape[1], dtype=dtype, device=offsets.device) + scale * offsets.to(dtype)
+            for offsets, scale in zip(self._offset_matrices(), self.scales.to(dtype), strict=True)
+        ]
+
     def forward(self, x: Float[Tensor, "T in_features"], counts: Counts) -> Float[Tensor, "T out_features"]:
         """y_t = W_{e(t)} x_t + b_{e(t)}.
 

@@ -28,6 +28,8 @@ class RouterUsage:
         dropped: Assignments that found their expert full, count.
         probability: Of every expert, summed over tokens.
         entropy: Of every token's probabilities, summed, nats.
+        balance_loss: Load-balancing losses, summed over the forwards whose loss has been taken.
+        losses: These forwards, count.
     """
 
     tokens: Int[Tensor, ""]
@@ -35,6 +37,8 @@ class RouterUsage:
     dropped: Int[Tensor, ""]
     probability: Float[Tensor, " E"]
     entropy: Float[Tensor, ""]
+    balance_loss: Float[Tensor, ""]
+    losses: Int[Tensor, ""]
 
     @classmethod
     def nothing(cls, num_experts: int, device: torch.device) -> RouterUsage:
@@ -46,6 +50,8 @@ class RouterUsage:
                 dropped=torch.zeros((), dtype=torch.long, device=device),
                 probability=torch.zeros(num_experts, device=device),
                 entropy=torch.zeros((), device=device),
+                balance_loss=torch.zeros((), device=device),
+                losses=torch.zeros((), dtype=torch.long, device=device),
             )
 
     def add(self, route: RouterOutput) -> None:
@@ -60,6 +66,29 @@ class RouterUsage:
         self.dropped.add_(route.dropped)
         self.probability.add_(probabilities.sum(dim=0))
         self.entropy.add_(torch.special.entr(probabilities).sum())
+
+    @torch.no_grad()
+    def add_balance_loss(self, loss: Float[Tensor, ""]) -> None:
+        """Add the load-balancing loss of a forward that has been added."""
+        self.balance_loss.add_(loss)
+        self.losses.add_(1)
+
+    @torch.no_grad()
+    def plus(self, other: RouterUsage) -> RouterUsage:
+        """The sums of both, in memory of their own.
+
+        Args:
+            other: Of the same layer.
+        """
+        return RouterUsage(**{name: count + getattr(other, name) for name, count in vars(self).items()})
+
+    @torch.no_grad()
+    def take(self) -> RouterUsage:
+        """What it is now, in memory of its own; this one is nothing again."""
+        taken = RouterUsage(**{name: count.clone() for name, count in vars(self).items()})
+        for count in vars(self).values():
+            count.zero_()
+        return taken
 
     def sum_over_processes(self) -> None:
         """Add what the other processes of a distributed run have counted; all of them have to call it."""
@@ -76,6 +105,11 @@ class RouterUsage:
             dropped_fraction=dropped / max(kept + dropped, 1),
             entropy=float(self.entropy) / tokens,
         )
+
+    def mean_balance_loss(self) -> float | None:
+        """The mean load-balancing loss of a forward, dimensionless, 1 when balanced; None if none has been taken."""
+        losses = int(self.losses)
+        return float(self.balance_loss) / losses if losses else None
 
 
 @dataclass(frozen=True)

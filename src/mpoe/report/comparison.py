@@ -72,7 +72,7 @@ def comparison_table(rows: Sequence[Mapping[str, float | str | None]], title: st
     for row in rows:
         table.add_column(plain(str(row["run"])), justify="right")
     for column in list(rows[0])[1:] if rows else ():
-        table.add_row(plain(column), *(plain(_shown(column, row[column])) for row in rows))
+        table.add_row(plain(column), *(plain(shown_value(column, row[column])) for row in rows))
     return table
 
 
@@ -92,13 +92,19 @@ def comparison_text(rows: Sequence[Mapping[str, float | str | None]], suffix: st
         writer.writeheader()
         writer.writerows(rows)
         return file.getvalue()
-    lines = [columns, ["---"] * len(columns), *([_shown(c, v) for c, v in row.items()] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([shown_value(c, v) for c, v in row.items()] for row in rows)]
     return "".join(f"| {' | '.join(map(markdown, line))} |\n" for line in lines)
 
 
-def _shown(column: str, value: float | str | None) -> str:
+def shown_value(column: str, value: float | str | None) -> str:
+    """A value as a table shows it.
+
+    Args:
+        column: Of `comparison_rows`.
+        value: There.
+    """
     if value is None or isinstance(value, str):
         return value or "-"
-    digits = {"parameters, M": 1, "trained, M": 1, "steps": 0, "s a step": 2, "peak memory, GiB": 1}
-    digits = {**digits, **dict.fromkeys(SCORES.values(), 2)}.get(column, 4)
+    digits = {"steps": 0, "s a step": 2, "peak memory, GiB": 1, **dict.fromkeys(SCORES.values(), 2)}
+    digits = 1 if column.endswith(", M") else digits.get(column, 4)
     return f"{value:,.{digits}f}"

@@ -43,6 +43,7 @@ from mpoe.training.accumulation import AccumulationCallback
 from mpoe.training.arguments import FinetuneTrainingArguments, TrainableArguments
 from mpoe.training.checkpoint_files import CheckpointCallback, NothingLeft
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
+from mpoe.training.live import LiveLog
 from mpoe.training.objective import Metrics, Objective
 from mpoe.training.optimizer import TrainedPart, optimizer_for_mpos, trained_parts
 from mpoe.training.run_folder import RunFolder
@@ -196,6 +197,7 @@ def finetune(
         model.set_input_embeddings(model.get_input_embeddings())
     with signals, folder.guard(args.process_index == 0):
         trainer = build_trainer(model, tokenizer, args, parts, callbacks, optimizer)
+        LiveLog(mask).attach(trainer)
         done = _train(trainer, folder.checkpoint)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so

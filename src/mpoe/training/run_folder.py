@@ -18,6 +18,7 @@ from mpoe.training.checkpoint_files import finished_checkpoints, last_checkpoint
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
+LOG_FILE = "log.jsonl"
 _UNFINISHED = ".saving"
 _LOCK = ".lock"
 
@@ -94,7 +95,7 @@ class RunFolder:
     def guard(self, is_main: bool = True) -> Iterator[None]:
         """Within it nobody else trains here; a full disk is one clear error, and what was written in part is deleted.
 
-        A run that fails before it has written anything gives the folder free again, for the mended command.
+        A run that fails before its first checkpoint gives the folder free again, for the mended command.
 
         Args:
             is_main: Whether this process holds the folder; of a distributed run, one does.
@@ -143,8 +144,10 @@ class RunFolder:
         try:
             yield
         except Exception:
-            if [file.name for file in self.path.iterdir()] == [RUN_FILE]:
-                (self.path / RUN_FILE).unlink(missing_ok=True)
+            written = list(self.path.iterdir())
+            if {file.name for file in written} <= {RUN_FILE, LOG_FILE}:  # a log without a checkpoint begins anew
+                for file in written:
+                    file.unlink(missing_ok=True)
             raise
 
     def save(self, write_model: Callable[[str], None], results: dict[str, Any], is_main: bool = True) -> None:
