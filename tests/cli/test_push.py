@@ -183,7 +183,7 @@ def test_offline_mode_and_no_token_are_said_before_anything_is_loaded(folder, hu
         (["mixture", "a/b", "--include", "/etc/*"], "matches none"),
         (["empty", "a/b"], "it has none: name a finished model"),
         (["mixture", "a/b", "--card_only", "nowhere/card.md"], "must be a new file in a folder that is there"),
-        (["mixture", "a/b", "--force"], "unrecognized arguments: --force"),
+        (["mixture", "a/b", "--force"], "unknown flag --force"),
     ],
 )
 def test_wrong_input_is_one_line(folder, hub, capsys, argv, message):
