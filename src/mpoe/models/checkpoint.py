@@ -7,8 +7,8 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
-import pickle
-import re  # nosec B403  # for its error alone
+import pickle  # nosec B403  # for its error alone
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
