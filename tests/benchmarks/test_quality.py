@@ -261,7 +261,7 @@ def test_grids_in_the_repository_name_flags_that_there_are(path, capsys):
     from mpoe.cli.main import main
 
     with pytest.raises(SystemExit):
-        main(["finetune", "--help"])
+        main(["finetune", "--help_all"])
     known = capsys.readouterr().out
     grid = Grid.load(path)
     runs = [
