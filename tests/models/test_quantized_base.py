@@ -216,8 +216,8 @@ def same(tensor, other):
     ("options", "message"),
     [
         ({"layout": "balanced"}, "needs layout 'separable'.*got 'balanced'.*for up_proj"),
-        ({"gauge": "central"}, "got 'separable', 'central' and None"),
-        ({"max_bond_dim": 4}, "'identity' and 4"),
+        ({"gauge": "central"}, "got 'separable', 'central', None"),
+        ({"max_bond_dim": 4}, "'identity', 4"),
         ({"mpo_layers": ["attention"]}, "q_proj must be in floating point to become an MPO, and is quantised"),
         ({"site_dims": {"64x32": [[11, 6, 1], [1, 2, 16]]}}, "up_proj: .*without padding.*64x32"),
     ],
