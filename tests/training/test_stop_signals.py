@@ -10,6 +10,14 @@ from mpoe.training.stop_signals import Interrupted, StopSignals
 EACH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """The tests themselves may be running under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def control():
     return SimpleNamespace(should_save=False, should_log=False)
 
