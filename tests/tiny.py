@@ -6,7 +6,9 @@ import sys
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+import mpoe
 
 WORDS = (
     "0 1 2 3 4 5 . negative positive a the film is good bad not very sentence : cola sst2 stsb sentence1 sentence2 it "
@@ -59,6 +61,26 @@ def tiny_t5(version=V1_1, **options):
     if version is V1_1:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
     return model.eval()
+
+
+def save_tiny_gpt2(folder):
+    """A GPT-2 and its tokenizer."""
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def save_tiny_adapter(strength):
+    """A T5 in `base`, an adapter of a mixture on it in `adapter`, of random auxiliaries; the mixture."""
+    tiny_t5().save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    model = mpoe.upcycle(T5ForConditionalGeneration.from_pretrained("base"), mpoe.MPOEConfig(num_experts=2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("central"))
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * strength * parameter.requires_grad)
+    mpoe.save_adapter(model, "adapter")
+    return model
 
 
 def tiny_tokenizer():

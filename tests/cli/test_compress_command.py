@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import mpoe
 from mpoe.cli import compress, finetune
 from mpoe.cli.main import main
 from mpoe.models import count_parameters
-from tiny import FLAGS, assert_refused, tiny_tokenizer
+from tiny import FLAGS, assert_refused, save_tiny_gpt2
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
 
@@ -18,9 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarni
 @pytest.fixture
 def language_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained("gpt2")
-    tiny_tokenizer().save_pretrained("gpt2")
+    save_tiny_gpt2("gpt2")
     Path("text.txt").write_text("the film is great .\nit was not very good .\n" * 8)
     return tmp_path
 

@@ -14,7 +14,7 @@ import mpoe
 from mpoe.cli.export import EXPORT_FILE, run
 from mpoe.cli.main import main
 from mpoe.models import routers
-from tiny import V1_0, V1_1, assert_refused, files, logits_of, moved, tiny_t5, tiny_tokenizer
+from tiny import V1_0, V1_1, assert_refused, files, logits_of, moved, save_tiny_adapter, tiny_t5, tiny_tokenizer
 from tiny_families import tiny_model
 
 TEXT = "the film is good\n\nnot very fun : a dull sentence\nbad\n"
@@ -113,14 +113,7 @@ def test_a_classifier_and_an_adapter(capsys):
     save("bert", "classifier")
     assert run(["classifier", "-o", "out"]).places == 8
     assert "8 texts of 8 built-in sentences" in " ".join(capsys.readouterr().out.split())
-    tiny_t5().save_pretrained("base")
-    tiny_tokenizer().save_pretrained("base")
-    model = mpoe.upcycle(AutoModelForSeq2SeqLM.from_pretrained("base"), mpoe.MPOEConfig(num_experts=2))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("central"))
-        with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.requires_grad)
-    mpoe.save_adapter(model, "adapter")
+    model = save_tiny_adapter(0.1)
     assert main(["export", "adapter", "-o", "dense", "--expert", "0"]) == 0
     batch = {"input_ids": torch.randint(2, 64, (2, 7)), "labels": torch.randint(2, 64, (2, 4))}
     dense = AutoModelForSeq2SeqLM.from_pretrained("dense")

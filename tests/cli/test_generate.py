@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import mpoe
 from mpoe.cli.main import main
 from mpoe.training.text_metrics import bleu_against_corpus, self_bleu
-from tiny import assert_refused, moved, tiny_t5, tiny_tokenizer
+from tiny import assert_refused, moved, save_tiny_adapter, tiny_t5, tiny_tokenizer
 
 PROMPTS = ["a", "abba cafe", "deaf bed"]
 
@@ -87,14 +87,7 @@ def test_batches_generate_what_single_prompts_do(folder, capsys, name, prompts):
 
 
 def test_an_adapter_generates_what_its_mixture_does(folder):
-    tiny_t5().save_pretrained("base")
-    tiny_tokenizer().save_pretrained("base")
-    model = mpoe.upcycle(AutoModelForSeq2SeqLM.from_pretrained("base"), mpoe.MPOEConfig(num_experts=2))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("central"))
-        with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.requires_grad)
-    mpoe.save_adapter(model, "adapter")
+    model = save_tiny_adapter(0.3)
     model.save_pretrained("whole")
     flags = ["the film is", "--max_new_tokens", "10", "--output"]
     assert main(["generate", "adapter", *flags, "adapter.jsonl"]) == 0

@@ -11,16 +11,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import mpoe
 from mpoe.cli import perplexity
 from mpoe.cli.main import main
-from tiny import assert_refused, tiny_tokenizer
+from tiny import assert_refused, save_tiny_gpt2, tiny_tokenizer
 
 
 @pytest.fixture
 def ground(tmp_path, monkeypatch):
     """A folder with a GPT-2 and a text, and the working directory of a test."""
     monkeypatch.chdir(tmp_path)
-    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
+    save_tiny_gpt2("model")
     Path("text.txt").write_text("the film is great .\nit was not very good .\n")
     return tmp_path
 

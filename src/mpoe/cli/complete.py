@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.commands import COMMANDS
-from mpoe.cli.flags import DESCRIBE, Described
+from mpoe.cli.flags import CONFIG_FILES, DESCRIBE, Described
 from mpoe.files import cache_dir, read_json, write_json
 
 FILE = "completion.json"
-CONFIG_FILES = (".yaml", ".yml", ".json")
 
 
 def complete() -> None:

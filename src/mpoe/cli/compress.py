@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mpoe.cli.loading import Kind, kind_of, load_finished
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import name_first, parse
 from mpoe.files import check_new_folder, new_folder, write_json
 from mpoe.models import count_parameters, is_upcycled
 from mpoe.models.compress import Compressed, compress, input_moments
 from mpoe.report import PlainConsole
-from mpoe.report.compression import CompressionRow, compression_table, matrices_table
+from mpoe.report.compression import CompressionRow, compression_table, most_lost_table
 from mpoe.training.corpus import Corpus, Text, tokenize_text
 from mpoe.training.data_arguments import CorpusArguments, DataArguments
 from mpoe.training.measure import TaskYardstick, TextYardstick
@@ -93,9 +93,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Wrong input.
     """
-    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = ["--model", *argv]
-    (args,), _ = parse("mpoe compress MODEL", __doc__ or "", [CompressArguments], argv)
+    (args,), _ = parse("mpoe compress MODEL", __doc__ or "", [CompressArguments], name_first(argv, "--model"))
     check_new_folder(Path(args.output_dir))
     kind = kind_of(args.model)
     _check_kind(args, kind)
@@ -105,7 +103,7 @@ def run(argv: Sequence[str]) -> None:
     model, tokenizer = load_finished(args.model)
     yardstick = _yardstick(args, kind, tokenizer)
     components = tuple(part.strip() for part in args.mpo_layers.split(",") if part.strip())
-    moments = _moments(args, model, tokenizer, kind, components)
+    moments = _moments(args, model, tokenizer, yardstick, components)
     shrink = partial(compress, model, args.budget, components, expert_budget=args.expert_budget, moments=moments)
     found = {args.layout: shrink(LAYOUTS.get(args.layout, (args.layout,)))}
     with new_folder(Path(args.output_dir)) as folder:
@@ -121,7 +119,7 @@ def run(argv: Sequence[str]) -> None:
     of_what = "matrices" if moments is None else "outputs on the calibration data"
     title = f"{args.model} at {args.budget:g} of its parameters; relative error of the {of_what}, root mean square"
     console.print(compression_table(rows, title))
-    console.print(matrices_table(found[args.layout].matrices))
+    console.print(most_lost_table(found[args.layout].matrices))
     report = {"budget": args.budget, "rows": [vars(row) for row in rows]}
     write_json(Path(args.output_dir) / REPORT_FILE, report)
     console.print(f"The numbers are in {Path(args.output_dir) / REPORT_FILE}; mpoe finetune goes on with the model.")
@@ -159,15 +157,14 @@ def _text(file: str) -> Text:
 
 
 def _moments(
-    args: CompressArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: Kind,
-    components: tuple[str, ...],
+    args: CompressArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    yardstick: TaskYardstick | TextYardstick | None, components: tuple[str, ...],
 ) -> dict[str, Tensor] | None:  # fmt: skip
     """The second moments of the matrices' inputs on the calibration data; None if there is none."""
     if args.calibration_data is None:
         return None
     with input_moments(model, components) as moments:
         if args.calibration_data == OF_THE_TASK:
-            yardstick = _yardstick(args, kind, tokenizer)
             assert isinstance(yardstick, TaskYardstick)  # nosec B101  # for the type checker: --task is given
             yardstick.run_training_rows(model, tokenizer, args.calibration_tokens)
         else:

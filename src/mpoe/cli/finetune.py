@@ -125,11 +125,6 @@ def _finetune(
 
 
 def _check_processes(args: FinetuneTrainingArguments) -> None:
-    if args.resume_from_checkpoint is not None:
-        raise ValueError(
-            "resume_from_checkpoint must be left out: a run is resumed by its own command, from its last checkpoint; "
-            "--load_experiment FOLDER starts from the weights of another run or of a checkpoint"
-        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and args.world_size == 1:  # each of them would train by itself, in the same folder
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import NoReturn
 from mpoe.cli.commands import COMMANDS
 from mpoe.printable import did_you_mean
 
+CONFIG_FILES = (".yaml", ".yml", ".json")
 DESCRIBE = "--describe-flags"
 """Alone, it asks a command for its parser; `mpoe.cli.complete` does."""
 

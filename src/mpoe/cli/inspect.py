@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mpoe.cli.loading import load_finished
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import name_first, parse
 from mpoe.config import MPOEConfig
 from mpoe.models import NO_CODE, class_of, clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
 from mpoe.models.families import T5_SIZES
@@ -80,11 +80,11 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Wrong input.
     """
-    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = ["--model", *argv]
     description = "Count the parameters of a model or of its mixture, and what that costs, without building it."
     kinds = (InspectArguments, MixtureArguments, Step, Hardware)
-    (args, mixture_args, step, hardware), _ = parse("mpoe inspect MODEL", description, kinds, _with_numbers(argv))
+    (args, mixture_args, step, hardware), _ = parse(
+        "mpoe inspect MODEL", description, kinds, _with_numbers(name_first(argv, "--model"))
+    )
     config = _config(args.model)
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
@@ -159,9 +159,9 @@ def _print_parameters(
 
 def _facts(args: InspectArguments, config: PreTrainedConfig, model: PreTrainedModel) -> list[MatrixFacts]:
     """With errors, if the weights that they need are at hand: of a dense model that would be cut, or of both."""
-    facts = matrix_facts(model)
     if args.base is not None:
         return matrix_facts(load_finished(args.model)[0], load_finished(args.base)[0])
+    facts = matrix_facts(model)
     has_weights = any(Path(args.model).glob("*.safetensors")) and getattr(config, "quantization_config", None) is None
     return matrix_facts(model, load_finished(args.model)[0]) if has_weights and any(m.is_cut for m in facts) else facts
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from mpoe.cli.flags import DESCRIBE, Described, check_flag_names, refuse_in_one_line
+from mpoe.cli.flags import CONFIG_FILES, DESCRIBE, Described, check_flag_names, refuse_in_one_line
 from mpoe.cli.help import SHOW_ALL, arrange
 from mpoe.files import brief, load_json, load_yaml
 from mpoe.printable import did_you_mean
@@ -63,13 +63,13 @@ def parse(
     if describe:
         raise Described(parser)
     argv, path = _without_effect(_renamed_flags(argv)), None
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+    if argv and argv[0].endswith(CONFIG_FILES):
         path = Path(argv.pop(0))
         _set_defaults(parser, _without_nulls(dataclasses, _renamed_keys(_read_config(path))), path)
     check_flag_names(parser, argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        late = [word for word in unknown if word.endswith((".yaml", ".yml", ".json"))]
+        late = [word for word in unknown if word.endswith(CONFIG_FILES)]
         hint = f"; a config file comes first, before the flags: {late[0]}" if late else ""
         raise ValueError(f"unknown arguments {unknown}; {prog} --help lists the flags{hint}")
     values = vars(namespace)
@@ -99,6 +99,17 @@ def _parser(prog: str, description: str, dataclasses: Sequence[type]) -> HfArgum
     parser.usage = f"{prog} [CONFIG.yaml|CONFIG.json] [--FLAG VALUE ...]"
     refuse_in_one_line(parser)
     return parser
+
+
+def name_first(argv: Sequence[str], flag: str) -> list[str]:
+    """Arguments in which a first word that is neither a flag nor a config file is the value of a flag.
+
+    Args:
+        argv: What follows the command.
+        flag: "--model".
+    """
+    has_name = bool(argv) and not argv[0].startswith("-") and not argv[0].endswith(CONFIG_FILES)
+    return [flag, *argv] if has_name else list(argv)
 
 
 def without_defaults(dataclasses: Sequence[type], given: dict[str, Any]) -> dict[str, Any]:

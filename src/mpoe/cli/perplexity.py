@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from mpoe.cli.parsing import parse
+from mpoe.cli.parsing import name_first, parse
 from mpoe.files import write_json
 from mpoe.models import is_upcycled, upcycle
 from mpoe.report import PlainConsole, metrics_table
@@ -57,10 +57,10 @@ def run(argv: Sequence[str]) -> dict[str, float]:
     Raises:
         ValueError: Wrong input.
     """
-    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = ["--model_name_or_path", *argv]
     types = (PerplexityArguments, MixtureArguments, CorpusArguments)
-    (arguments, mixture_args, corpus_args), given = parse("mpoe perplexity MODEL", __doc__ or "", types, argv)
+    (arguments, mixture_args, corpus_args), given = parse(
+        "mpoe perplexity MODEL", __doc__ or "", types, name_first(argv, "--model_name_or_path")
+    )
     if corpus_args.corpus is None and corpus_args.test_file is None:
         raise ValueError("corpus must be given, or test_file: the text that is predicted")
     for flag in ("train_file", "validation_file"):

@@ -26,7 +26,7 @@ from mpoe.models.merge import empty_like, share_tensors
 from mpoe.models.router_loss import mpoe_config
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo import MPO, SiteDims, decompose, low_rank_dims, site_dims
-from mpoe.mpo.budget import Choice, Option, give_out
+from mpoe.mpo.budget import Option, give_out
 from mpoe.mpo.truncate import Chain, cut, cuts
 from mpoe.nn import MPOExperts
 
@@ -121,29 +121,31 @@ def compress(
     config = _config_of(model, dense, components, layouts, expert_budget)
     places = find_matrices(dense, config)
     options: list[list[Option]] = []
-    chains: list[list[tuple[SiteDims, Chain]]] = []
+    there: list[int] = []
     for name, place in _progress(places.items(), "Measuring what bonds are worth"):
-        chains.append(_chains(model, name, place, layouts))
-        of_matrix = [
-            Option(dims, chain[0].shape[0] if dims.num_sites > 1 else 1, _lost(chain, dims, _of(moments, name)))
-            for dims, chain in chains[-1]
-        ]
+        of_matrix = []
+        for dims in _choices(model, name, place, layouts):
+            chain = _chain(model, name, place, dims)
+            if not of_matrix:
+                there.append(sum(site.numel() for site in chain))
+            lost = tuple(of_bond.lost for of_bond in cuts(chain, dims, _factors(dims, _of(moments, name))))
+            of_matrix.append(Option(dims, max(map(len, chain)), lost))
         options.append(of_matrix)
-    there = [_size(of_matrix[0][1]) for of_matrix in chains]
     limit = math.floor(budget * before.total) - (before.total - sum(there))
     auxiliary = None if expert_budget is None else math.floor(expert_budget * before.auxiliary)
     chosen = give_out(options, limit, auxiliary)
     config = dataclasses.replace(config, matrices={
         name: {"site_dims": [list(side) for side in (dims.out_dims, dims.in_dims)], "bonds": list(choice.bonds[1:-1])}
-        for name, choice, dims in ((n, c, of[c.option][0]) for n, c, of in zip(places, chosen, chains, strict=True))
+        for name, choice, dims in ((n, c, of[c.option].dims) for n, c, of in zip(places, chosen, options, strict=True))
     })  # fmt: skip
     swap_modules(dense, config)
     share_tensors(model, dense)
     matrices = []
     for (name, place), choice, of_matrix, size in _progress(
-        list(zip(places.items(), chosen, chains, there, strict=True)), "Cutting"
+        list(zip(places.items(), chosen, options, there, strict=True)), "Cutting"
     ):
-        dims, chain = of_matrix[choice.option]
+        dims = of_matrix[choice.option].dims
+        chain = _chain(model, name, place, dims)  # made again: all of them at once are the model several times over
         smaller = cut(chain, dims, choice.bonds, _factors(dims, _of(moments, name)))
         experts = cast(MPOExperts, dense.get_submodule(place))
         _fill(experts, smaller, model, name)
@@ -216,21 +218,23 @@ def _config_of(
     )  # fmt: skip
 
 
-def _chains(model: PreTrainedModel, name: str, place: str, layouts: Sequence[str]) -> list[tuple[SiteDims, Chain]]:
-    """A matrix at full bonds in every layout, and whole; of experts, as they are."""
+def _choices(model: PreTrainedModel, name: str, place: str, layouts: Sequence[str]) -> list[SiteDims]:
+    """The site dimensions that a matrix may get, those of the whole matrix first; of experts, those that they have."""
+    if is_upcycled(model):
+        return [cast(MPOExperts, model.get_submodule(place)).dims]
+    rows, columns = matrix_of(model.get_submodule(name)).shape
+    whole = SiteDims((rows,), (columns,), rows, columns)
+    return list(dict.fromkeys((whole, *(LAYOUTS[layout](rows, columns) for layout in layouts))))
+
+
+def _chain(model: PreTrainedModel, name: str, place: str, dims: SiteDims) -> Chain:
+    """A dense matrix at full bonds; of experts, the chain as it is."""
     if is_upcycled(model):
         experts = cast(MPOExperts, model.get_submodule(place))
         central, stacks = experts.site_stacks(range(experts.num_experts), experts.central.dtype)
-        stacks.insert(experts.dims.central, central[None])
-        return [(experts.dims, stacks)]
-    matrix = matrix_of(model.get_submodule(name)).detach()
-    shape = cast(tuple[int, int], tuple(matrix.shape))
-    found = [SiteDims((shape[0],), (shape[1],), *shape), *(LAYOUTS[layout](*shape) for layout in layouts)]
-    return [(dims, [site[None] for site in decompose(matrix, dims).sites]) for dims in dict.fromkeys(found)]
-
-
-def _lost(chain: Chain, dims: SiteDims, moment: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(of_bond.lost for of_bond in cuts(chain, dims, _factors(dims, moment)))
+        stacks.insert(dims.central, central[None])
+        return stacks
+    return [site[None] for site in decompose(matrix_of(model.get_submodule(name)).detach(), dims).sites]
 
 
 def _of(moments: Mapping[str, Tensor] | None, name: str) -> Tensor | None:
@@ -252,10 +256,6 @@ def _factors(dims: SiteDims, moment: Tensor | None) -> list[Tensor] | None:
         traced = torch.einsum(f"{''.join(labels)}{''.join(right)}->{labels[k]}{right[k]}", padded)
         factors.append(traced / traced.diagonal().mean().clamp_min(torch.finfo(traced.dtype).tiny))
     return factors
-
-
-def _size(chain: Chain) -> int:
-    return sum(site.numel() for site in chain)
 
 
 def _fill(experts: MPOExperts, chain: Chain, model: PreTrainedModel, name: str) -> None:
@@ -292,6 +292,3 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 def _progress(items: Any, text: str) -> Any:
     return logging.tqdm(items, desc=text, total=len(items), delay=2)
-
-
-__all__ = ["LAYOUTS", "Choice", "Compressed", "CompressedMatrix", "compress", "input_moments"]

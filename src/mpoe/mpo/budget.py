@@ -66,7 +66,6 @@ def give_out(
     matrices: Sequence[Sequence[Option]],
     parameters: int,
     auxiliary_parameters: int | None = None,
-    weights: Sequence[float] | None = None,
 ) -> list[Choice]:
     """The bonds of every matrix that lose least for a number of parameters in all.
 
@@ -74,7 +73,6 @@ def give_out(
         matrices: The options of each.
         parameters: For all of them together, count.
         auxiliary_parameters: Of these, for all auxiliary tensors of all experts, count; None is no limit of their own.
-        weights: What the loss of a matrix counts; None is 1, so that relative errors count alike.
 
     Returns:
         One choice a matrix, together within both limits.
@@ -82,15 +80,14 @@ def give_out(
     Raises:
         ValueError: Limits below what bonds of 1 need.
     """
-    of_matrices = [1.0] * len(matrices) if weights is None else list(weights)
 
     def choose(price: float, surcharge: float) -> list[Choice]:
         return [
             min(
-                (_best(n, option, weight, price, surcharge) for n, option in enumerate(options)),
-                key=lambda choice: weight * choice.lost + price * choice.parameters + surcharge * choice.auxiliary,
+                (_best(n, option, price, surcharge) for n, option in enumerate(options)),
+                key=lambda choice: choice.lost + price * choice.parameters + surcharge * choice.auxiliary,
             )
-            for options, weight in zip(matrices, of_matrices, strict=True)
+            for options in matrices
         ]
 
     def within(surcharge: float) -> list[Choice]:
@@ -133,7 +130,7 @@ def _least(choose: Callable[[float], list[Choice]], fits: Callable[[list[Choice]
     return found
 
 
-def _best(index: int, option: Option, weight: float, price: float, surcharge: float) -> Choice:
+def _best(index: int, option: Option, price: float, surcharge: float) -> Choice:
     """The bonds of one option at given prices."""
     dims = option.dims
     bonds = list(dims.bond_dims())
@@ -141,14 +138,13 @@ def _best(index: int, option: Option, weight: float, price: float, surcharge: fl
     prices = [
         (price if k == dims.central else (price + surcharge) * option.num_experts) * n for k, n in enumerate(sizes)
     ]
-    lost = [weight * of_bond for of_bond in option.lost]
     for _ in range(SWEEPS if dims.num_sites > 3 else 1):
         before = list(bonds)
         if dims.num_sites > 1:
-            _choose_pair(bonds, sizes, prices, lost, dims.central)
+            _choose_pair(bonds, sizes, prices, option.lost, dims.central)
         for k in range(1, dims.num_sites):
             if k not in (dims.central, dims.central + 1):
-                _choose_one(bonds, sizes, prices, lost, k)
+                _choose_one(bonds, sizes, prices, option.lost, k)
         if bonds == before:
             break
     shapes = dims.site_shapes(tuple(bonds[1:-1]))
@@ -160,7 +156,7 @@ def _best(index: int, option: Option, weight: float, price: float, surcharge: fl
     return Choice(index, tuple(bonds), share, central, auxiliary * option.num_experts)
 
 
-def _choose_pair(bonds: list[int], sizes: list[int], prices: list[float], lost: list[Tensor], c: int) -> None:
+def _choose_pair(bonds: list[int], sizes: list[int], prices: list[float], lost: Sequence[Tensor], c: int) -> None:
     """The two bonds beside the central tensor, whose product is nearly all there is to pay."""
     limit_a, limit_b = bonds[c - 1] * sizes[c - 1], bonds[c + 2] * sizes[c + 1]
     of_a, of_b = lost[c - 1][:limit_a], lost[c][:limit_b]
@@ -172,7 +168,7 @@ def _choose_pair(bonds: list[int], sizes: list[int], prices: list[float], lost: 
     bonds[c], bonds[c + 1] = place // len(b) + 1, place % len(b) + 1
 
 
-def _choose_one(bonds: list[int], sizes: list[int], prices: list[float], lost: list[Tensor], k: int) -> None:
+def _choose_one(bonds: list[int], sizes: list[int], prices: list[float], lost: Sequence[Tensor], k: int) -> None:
     """A bond by itself, its neighbours given."""
     before, after = bonds[k - 1], bonds[k + 1]
     low = max(math.ceil(before / sizes[k - 1]), math.ceil(after / sizes[k]))

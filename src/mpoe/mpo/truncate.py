@@ -51,14 +51,9 @@ def cuts(chain: Chain, dims: SiteDims, moments: Sequence[Tensor] | None = None) 
         these lose (Oseledets 2011, Theorem 2.2) for one expert; for several it is a mean over all pairs of a left and a
         right arm.
     """
-    chain = [site.double() for site in chain]
-    weights = [None] * dims.num_sites if moments is None else [moment.double() for moment in moments]
-    from_left = _grams(chain, weights, dims.central)
-    turned = [site.permute(0, 4, 2, 3, 1) for site in reversed(chain)]
-    from_right = _grams(turned, weights[::-1], dims.central)[::-1]
-    return [
-        _cut(left, right, k < dims.central) for k, (left, right) in enumerate(zip(from_left, from_right, strict=True))
-    ]
+    sites = [site.double() for site in chain]
+    grams = enumerate(_grams_of_bonds(sites, dims, moments))
+    return [_cut(*left_and_right, is_left=k < dims.central) for k, left_and_right in grams]
 
 
 def cut(chain: Chain, dims: SiteDims, bonds: Sequence[int], moments: Sequence[Tensor] | None = None) -> Chain:
@@ -81,10 +76,19 @@ def cut(chain: Chain, dims: SiteDims, bonds: Sequence[int], moments: Sequence[Te
     for k in (*range(c), *range(m - 2, c - 1, -1)):
         bond = bonds[k + 1]
         if bond < sites[k].shape[4]:
-            of_bond = cuts(sites, dims, moments)[k]
+            of_bond = _cut(*_grams_of_bonds(sites, dims, moments)[k], is_left=k < c)
             sites[k] = sites[k] @ of_bond.outwards[:, :bond]
             sites[k + 1] = torch.einsum("dr,edoib->eroib", of_bond.inwards[:, :bond], sites[k + 1])
     return [site.to(like.dtype).contiguous() for site, like in zip(sites, chain, strict=True)]
+
+
+def _grams_of_bonds(chain: Chain, dims: SiteDims, moments: Sequence[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    """Of every inner bond, the Gram matrices of the sites on its left and on its right."""
+    weights = [None] * dims.num_sites if moments is None else [moment.double() for moment in moments]
+    from_left = _grams(chain, weights, dims.central)
+    turned = [site.permute(0, 4, 2, 3, 1) for site in reversed(chain)]
+    from_right = _grams(turned, weights[::-1], dims.central)[::-1]
+    return list(zip(from_left, from_right, strict=True))
 
 
 def _grams(chain: Chain, weights: Sequence[Tensor | None], central: int) -> list[Tensor]:

@@ -58,7 +58,7 @@ def compression_table(rows: Sequence[CompressionRow], title: str) -> Table:
     return table
 
 
-def matrices_table(matrices: Sequence[CompressedMatrix]) -> Table:
+def most_lost_table(matrices: Sequence[CompressedMatrix]) -> Table:
     """The matrices that lost most, one row each.
 
     Args:

@@ -11,6 +11,7 @@ from rich.text import Text
 from mpoe.nn import RouterStatistics
 from mpoe.report.plain import TITLE as TITLE_STYLE
 from mpoe.report.plain import plain
+from mpoe.training.live import short_name
 
 TITLE = "Share of tokens per expert, %; mean entropy of a router's probabilities, nats"
 
@@ -35,7 +36,7 @@ def router_table(routers: Mapping[str, RouterStatistics], title: str = TITLE) ->
         last = [f"{router.entropy:.2f}", f"{router.dropped_fraction:.0%}"][: 1 + with_drops]
         # The module's own name is the same in every row and would cost the width of a terminal.
         table.add_row(
-            plain(name.rpartition(".")[0] or name),
+            plain(short_name(name)),
             *(Text(f"{share:.0%}", "red" if share < 0.01 else "") for share in router.share),
             *last,
         )

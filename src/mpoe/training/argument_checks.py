@@ -39,7 +39,7 @@ def check_packages(args: TrainingArguments) -> None:
 
 
 def check_values(args: TrainingArguments) -> None:
-    """Refuse values out of range, and integrations that are not there.
+    """Refuse values out of range, integrations that are not there, and another way to resume than a run's own.
 
     Args:
         args: As Transformers has filled them in.
@@ -47,6 +47,11 @@ def check_values(args: TrainingArguments) -> None:
     Raises:
         ValueError: As above, with the flag's name.
     """
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "resume_from_checkpoint must be left out: a run is resumed by its own command, from its last checkpoint; "
+            "--load_experiment FOLDER starts from the weights of another run or of a checkpoint"
+        )
     for name, (must, is_right) in _RIGHT.items():
         if (value := getattr(args, name, None)) is not None and not is_right(value):
             raise ValueError(f"{name} must be {must}; got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from tqdm.auto import tqdm
@@ -15,7 +16,7 @@ from mpoe.training.corpus import TokenizedText, bos_of
 from mpoe.training.data_arguments import DataArguments
 from mpoe.training.objective import Objective
 from mpoe.training.perplexity import block_and_stride, perplexity
-from mpoe.training.tasks import get_task, load_task
+from mpoe.training.tasks import Task, TaskData, get_task, load_task
 from mpoe.training.text_to_text import TextToText
 from mpoe.training.trainer import build_trainer
 
@@ -70,9 +71,14 @@ class TaskYardstick:
                 if taken >= tokens:
                     return
 
-    def _objective(self) -> Objective:
+    @cached_property
+    def _rows(self) -> tuple[Task, TaskData]:
+        """Read once, whatever number of models is measured."""
         task = get_task(self.name)
-        rows = load_task(task, self.data_args.data_dir, self.seed, in_columns=self.is_classifier)
+        return task, load_task(task, self.data_args.data_dir, self.seed, in_columns=self.is_classifier)
+
+    def _objective(self) -> Objective:
+        task, rows = self._rows
         if self.is_classifier:
             return Classification(task, rows, self.data_args)
         return TextToText({self.name: (task, rows)}, self.data_args)
