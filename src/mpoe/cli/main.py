@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 
 from mpoe.cli.commands import COMMANDS, help_text
+from mpoe.cli.libraries import import_libraries
 from mpoe.printable import did_you_mean, printable
 
 RESUMED = ("demo", "finetune")
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in every worker process
     try:
         if not COMMANDS[argv[0]].is_light:
-            _import_libraries()
+            import_libraries()
         importlib.import_module(f"mpoe.cli.{argv[0].replace('-', '_')}").run(argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("MPOE_DEBUG"):
@@ -59,23 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmpoe {argv[0]}: stopped by {signal.Signals(number).name}{advice}", file=sys.stderr)
         return 128 + number
     return 0
-
-
-def _import_libraries() -> None:
-    """Leave the screen to our own tables, the progress bars and what a user can act on."""
-    import mpoe
-
-    mpoe.import_names()
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is our error line
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.showwarning = lambda message, category, *_: print(
-        printable(f"warning: {message}", keep="\n\t"), file=sys.stderr
-    )
 
 
 def _reason(error: Exception) -> str:
