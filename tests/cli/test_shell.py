@@ -138,7 +138,7 @@ def test_what_is_missing_is_shown_by_an_example(capsys):
     assert main(["compare"]) == 2
     assert "required: RUN; for example: mpoe compare runs/dense runs/mpoe\n" in capsys.readouterr().err
     assert main(["inspect"]) == 2
-    assert "required: --model; for example: mpoe inspect t5-base" in capsys.readouterr().err
+    assert "required: --model/--config; for example: mpoe inspect t5-base" in capsys.readouterr().err
 
 
 def test_a_wrong_device_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):

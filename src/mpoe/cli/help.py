@@ -79,8 +79,8 @@ def _spell(actions: Sequence[Action]) -> None:
             action.help = SUPPRESS
     for action in actions:
         # `--num-experts` is read as well as `--num_experts`, and need not be said at each
-        if len(action.option_strings) > 1 and action.option_strings[0].startswith("--"):
-            action.option_strings = action.option_strings[:1]
+        spelt = {option.replace("-", "_"): option for option in reversed(action.option_strings)}
+        action.option_strings = [option for option in action.option_strings if option in spelt.values()]
         if action.metavar is None and action.choices is None and action.nargs != 0:
             action.metavar = _METAVARS.get(action.type, "VALUE")
         if action.choices is not None and len(list(action.choices)) > MANY:
