@@ -141,6 +141,8 @@ def prepare(folder: Path) -> None:
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    mpoe.upcycle(llama, mpoe.MPOEConfig(num_experts=4)).save_pretrained(folder / "OUT")
+    tokenizer.save_pretrained(folder / "OUT")
     torch.save(reference_checkpoint.write(models["t5-base"]), folder / "pytorch_model.bin")
     models["t5-base"].config.save_pretrained(folder)  # beside it
     _write_tasks(folder)
@@ -168,7 +170,7 @@ def _write_texts(folder: Path) -> None:
     corpus = "".join(f"the film is {word} .\n" for word in words * 600)
     hub = folder / "Salesforce" / "wikitext"
     hub.mkdir(parents=True)
-    for name in ("book.txt", "test.txt", "valid.txt", "samples.txt"):
+    for name in ("book.txt", "test.txt", "valid.txt", "samples.txt", "texts.txt"):
         (folder / name).write_text(corpus)
     (folder / "prompts.txt").write_text("the film\n\n")
     for name in ("train", "valid", "test"):  # a folder of texts takes the place of a hub's dataset

@@ -85,3 +85,26 @@ def test_a_wrong_flag_would_be_found(flags):
         ["fetch", "t5"],
     ]
     assert "--num_expert" not in flags["finetune"]
+
+
+def messages():
+    """The texts of src, what is put into them as an ellipsis; neighbours that Python joins are one."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_messages_that_are_explained_are_the_codes():
+    texts = messages()
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    explained = re.findall(r"^### `(.*)`$", page, flags=re.M)
+    assert len(explained) > 10
+    for message in explained:
+        fragments = [part.strip(" ;().") for part in message.split("…")]
+        longest = max(fragments, key=len)
+        assert any(longest in text for text in texts), message

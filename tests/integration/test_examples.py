@@ -1,9 +1,12 @@
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from documented import prepare
 from tiny import files, tiny_t5, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -81,3 +84,17 @@ def test_new_gpt2_without_a_corpus(tmp_path):
     assert (
         done.stderr.splitlines()[-1] == f"error: CORPUS must be a text file, or a folder with train.txt; got {tmp_path}"
     )
+
+
+def test_the_notebooks_cells_run_one_after_the_other(tmp_path):
+    prepare(tmp_path)
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    environment = {**os.environ, "MPOE_CACHE": "cache"}
+    command = [sys.executable, "-c", "\n".join(cells)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[0].removeprefix("largest difference of logits: ")) < 1e-4
+    assert "held-out sentences right" in done.stdout
+    shown = [line for cell in notebook["cells"] for out in cell.get("outputs", ()) for line in out["text"]]
+    assert any("held-out sentences right" in line for line in shown)  # kept from a run on the real T5
