@@ -170,7 +170,7 @@ def _write_texts(folder: Path) -> None:
     corpus = "".join(f"the film is {word} .\n" for word in words * 600)
     hub = folder / "Salesforce" / "wikitext"
     hub.mkdir(parents=True)
-    for name in ("book.txt", "test.txt", "valid.txt", "samples.txt", "texts.txt"):
+    for name in ("book.txt", "test.txt", "valid.txt", "samples.txt", "texts.txt", "train.txt"):
         (folder / name).write_text(corpus)
     (folder / "prompts.txt").write_text("the film\n\n")
     for name in ("train", "valid", "test"):  # a folder of texts takes the place of a hub's dataset

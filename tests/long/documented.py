@@ -26,7 +26,7 @@ limits=
 [ "$1" = finetune ] && limits="{LIMITS}"
 exec "{sys.executable}" -m mpoe_command "$@" $limits
 """
-TIMEOUT = 900  # seconds, of a block
+TIMEOUT = 400  # seconds, of a block
 
 
 def main() -> int:
