@@ -1,6 +1,7 @@
 """What may be loaded for use, by its config, and what is refused before weights are read."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_a_model_that_neither_writes_nor_classifies_is_refused(build, architectu
         load_finished("model")
 
 
+def test_architectures_that_are_no_list_are_refused(tmp_path):
+    tiny_t5().save_pretrained("model")
+    file = tmp_path / "model" / "config.json"
+    for architectures in (3, {"a": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration", []):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": architectures}))
+        with pytest.raises(ValueError, match=r"^model must "):
+            kind_of("model")
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     tiny_t5().save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -116,3 +126,6 @@ def test_a_classifiers_adapter_is_loaded_onto_a_base_that_is_none():
     inputs = {"input_ids": torch.randint(3, 64, (2, 7))}
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits.cpu(), model.eval()(**inputs).logits)
+    Path("base").rename("elsewhere")
+    with pytest.raises(ValueError, match="the base of the adapter in adapter must be there; base must be a folder"):
+        kind_of("adapter")

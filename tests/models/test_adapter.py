@@ -362,6 +362,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, base, two):
             "a must be an adapter of this kind",
         ),
         (json.dumps({**values, "base_dtypes": 3}), r"adapter_config\.json must be as .*; its base_dtypes is 3"),
+        (json.dumps({**values, "base_dtypes": [3]}), r"adapter_config\.json must have names of dtypes .*; got \[3\]"),
         (
             json.dumps({**values, "head": {"id2label": [1]}}),
             r"adapter_config\.json must have a classifier's",

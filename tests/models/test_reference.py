@@ -356,6 +356,7 @@ def test_shapes_that_do_not_fit_are_refused():
         ({"num_layers": 3}, r"81 missing: decoder\.block\.2\..*Is it the config"),
         ({"num_layers": 1}, r"unknown: .*decoder\.block\.1\..*Is it the config"),
         ({"vocab_size": 70}, r"shared\.weight must have the 2240 elements"),
+        ({"num_layers": 0, "num_decoder_layers": 0}, "config must be of a T5 with layers"),
         (V1_1, r"must be of T5 v1\.0 .*got model_type 't5' and feed_forward_proj 'gated-gelu'"),
     ],
 )

@@ -137,3 +137,12 @@ def test_a_matrix_without_elements():
         decompose(torch.empty(0, 4), ((1,), (4,)))
     with pytest.raises(ValueError, match="for a matrix of 4 × 0; got some for 4 × 4"):
         decompose(torch.empty(4, 0), SiteDims((4,), (4,), 4, 4))
+
+
+@pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
+@pytest.mark.parametrize("dims", [((9, 1, 2), (1, 1, 2)), ((1, 1, 9), (1, 2, 1)), ((3, 1, 3), (1, 1, 2))])
+def test_small_singular_values_survive_a_cut_that_loses_nothing(dims, gauge):
+    """An arm that is larger than the rest of the chain, of a matrix that is nearly of rank 1."""
+    matrix = torch.randn(*sizes(dims), dtype=torch.float64)
+    matrix = matrix[:, :1] @ matrix[:1] + 1e-9 * matrix
+    assert truncation_error(decompose(matrix, dims, gauge=gauge), matrix) < 1e-14

@@ -67,7 +67,7 @@ def test_damage_is_named_with_what_to_do(tmp_path, file, damage, message):
 
 def test_damage_of_the_seal_and_of_the_only_checkpoint(tmp_path):
     path = make_checkpoint(tmp_path, 1)
-    for text in ("{", "[]", '{"model.safetensors": 3}', '{"model.safetensors": {"bytes": "x", "sha256": ""}}'):
+    for text in ("{", "[]", '{"model.safetensors": 3}', '{"a.bin": {"bytes": "x"}}', '{"a.bin": {"bytes": Infinity}}'):
         (path / "checksums.json").write_text(text)
         with pytest.raises(ValueError, match=r"checksums\.json is damaged.* the same command starts anew"):
             last_checkpoint(tmp_path)

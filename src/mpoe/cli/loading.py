@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_tokenizer, load_whole
+from mpoe.models import NO_CODE, clear_load_errors, load_adapter, load_config, load_tokenizer, load_whole
 from mpoe.models.adapter_files import adapted_model, is_adapter
 from mpoe.training.checkpoint_files import finished_checkpoints
 from mpoe.training.run_folder import RESULTS_FILE, RUN_FILE
@@ -44,13 +43,16 @@ def kind_of(path: str) -> Kind:
         ValueError: No config, an unfinished run, a model that neither writes nor classifies text.
     """
     base = base_of(path)
-    with clear_load_errors(base):
-        config = AutoConfig.from_pretrained(base, **NO_CODE)  # nosec B615  # the revision is the user's choice; no code
-    architectures = config.architectures or []
+    try:
+        architectures = load_config(base).architectures
+    except ValueError as error:
+        if not is_adapter(path):
+            raise
+        raise ValueError(f"the base of the adapter in {path} must be there; {error}") from error
     if is_adapter(path) and (architecture := adapted_model(path).architecture):
         architectures = [architecture]
     for kind in get_args(Kind):
-        if architectures and architectures[0] in _CLASSES[kind][1].values():
+        if isinstance(architectures, list) and architectures and architectures[0] in _CLASSES[kind][1].values():
             return kind
     raise ValueError(
         f"{base} must hold an encoder-decoder, a causal language model or a sequence classifier; the architectures in "

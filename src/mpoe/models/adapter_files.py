@@ -105,6 +105,8 @@ def read_saved(folder: Path) -> SavedAdapter:
             raise ValueError(f"{file} must be as mpoe.save_adapter writes it; it has no {name!r}")
         if not isinstance(values[name], kind):
             raise ValueError(f"{file} must be as mpoe.save_adapter writes it; its {name} is {brief(values[name])}")
+    if not all(isinstance(dtype, str) for dtype in values["base_dtypes"]):
+        raise ValueError(f"{file} must have names of dtypes as base_dtypes; got {brief(values['base_dtypes'])}")
     try:
         if not isinstance(values["mpoe"], dict):
             raise ValueError(f"got {brief(values['mpoe'])}")

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpoe.config import MPOEConfig
 from mpoe.files import is_file_name, read_json
 from mpoe.models.families import T5_SIZES
-from mpoe.models.inspect import mpo_experts
+from mpoe.models.inspect import is_upcycled, mpo_experts
 from mpoe.models.pickles import REASON, find_refused
 from mpoe.models.upcycle import swap_modules, upcycle
 
@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
 
 NO_CODE = {"trust_remote_code": False}
 """For every loader of Transformers: left out, it asks on the terminal whether to execute a model's own code."""
+MAX_LAYERS = 10_000  # the deepest Transformers that were ever trained have 1,000
 # What Transformers' code raises over a file that is JSON and makes no sense: whatever the line that reads it meets.
 # Lists of all classes, and links: they say nothing about what is wrong, and may be longer than a screen.
 _TRANSFORMERS_ADVICE = re.compile(r" (Model type should be one of|Check your internet connection or see) .*")
@@ -132,9 +133,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     hub_options = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     kwargs = {**NO_CODE, **kwargs}
-    with clear_load_errors(path):
-        asked = {name: kwargs[name] for name in hub_options if name in kwargs}
-        config = AutoConfig.from_pretrained(path, **asked)  # nosec B615  # the revision is the user's choice
+    config = load_config(path, **{name: kwargs[name] for name in hub_options if name in kwargs})
     written, model_class = getattr(config, "quantization_config", None), class_of(config)
     if not (isinstance(written, dict) and written.get("quant_method") == MPOEConfig.quant_method):
         raise ValueError(
@@ -170,6 +169,8 @@ def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
             name: f"has shape {tuple(got)} instead of {tuple(must)}" for name, got, must in info["mismatched_keys"]
         }
         wrong |= {name: "is missing" for name in info["missing_keys"] if name not in wrong}
+        if is_upcycled(model):  # whose files mpoe wrote: a tensor that is left over is another one's loss
+            wrong |= dict.fromkeys(info["unexpected_keys"], "has no place in it")
         if not getattr(model, "is_quantized", False):
             tensors = dict(model.named_parameters())
             for place, experts in mpo_experts(model).items():
@@ -201,16 +202,42 @@ def read_config(name: str) -> PreTrainedConfig:
     """The config of a model, without its weights.
 
     Args:
-        name: A key of T5_SIZES, a folder with a config.json, or a name on the hub.
+        name: A key of T5_SIZES, or as for `load_config`.
 
     Raises:
-        ValueError: None of these.
+        ValueError: As `load_config`.
     """
     if name in T5_SIZES and not Path(name).exists():
         values = {"vocab_size": 32128, "decoder_start_token_id": 0}  # nosec B105  # a token of text
         return T5Config.from_dict({**values, **T5_SIZES[name]})
-    with clear_load_errors(name):
-        return AutoConfig.from_pretrained(name, **NO_CODE)  # nosec B615  # the revision is the user's choice
+    return load_config(name)
+
+
+def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    """The config.json of a model.
+
+    Args:
+        path: A folder with one, or a name on the hub.
+        options: For Transformers: revision, token and so on.
+
+    Raises:
+        ValueError: None of these; a damaged file, or more than MAX_LAYERS layers.
+    """
+    options = {**NO_CODE, **options}
+    with clear_load_errors(path):
+        values, _ = PreTrainedConfig.get_config_dict(path, **options)
+    _check_layers(path, values)
+    with clear_load_errors(path):
+        return AutoConfig.from_pretrained(path, **options)  # nosec B615  # the revision is the user's choice
+
+
+def _check_layers(path: str | Path, values: dict[str, Any]) -> None:
+    """Refuse a number of layers that would keep the machine busy for hours, before anything counts to it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_layers(path, value)
+        elif "layer" in name and isinstance(value, int | float) and value > MAX_LAYERS:
+            raise ValueError(f"the config.json in {path} must have {name} of at most {MAX_LAYERS:,}; got {value:g}")
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -163,6 +163,8 @@ def _base_on_meta(config: PreTrainedConfig, has_own_head: bool) -> T5ForConditio
     except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config must be of a T5 that can be built; {reason}: correct the config.json") from error
+    if not model.encoder.block and not model.decoder.block:
+        raise ValueError("config must be of a T5 with layers; this one's num_layers and num_decoder_layers are 0")
     with torch.device("meta"):
         if has_own_head:
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))

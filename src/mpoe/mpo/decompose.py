@@ -46,7 +46,8 @@ def decompose(
         ValueError: Not a finite floating-point matrix, site dimensions that do not multiply out, an unknown gauge.
 
     Source: MPOE, §2; the isometries are those of a tensor-train SVD (Oseledets 2011) made towards the centre, from the
-    eigenvectors of float64 Gram matrices; the rest is computed in the dtype of `matrix`, at least float32.
+    eigenvectors of float64 Gram matrices, or, where a cut loses nothing, from an SVD; the rest is computed in the dtype
+    of `matrix`, at least float32.
     """
     if matrix.ndim != 2 or not matrix.is_floating_point():
         raise ValueError(f"need a floating-point matrix; got shape {tuple(matrix.shape)} of {matrix.dtype}")
@@ -178,13 +179,17 @@ def _split_off(piece: _Piece, rest: Tensor, keep_basis: bool) -> tuple[list[tupl
         return [_unit(b, rest) for _, _, b in piece.sizes], rest
     rest = rest.to(torch.promote_types(rest.dtype, torch.float32))
     rest = rest.reshape(piece.rows, -1) if piece.is_left else rest.reshape(-1, piece.rows)
-    gram_pp = _gram(rest if piece.is_left else rest.T)
+    matrix_pq = rest if piece.is_left else rest.T
+    gram_pp = _gram(matrix_pq)
     # Below this share of the largest, squares are rounding errors: of the Gram matrix, or of the matrix itself.
     noise = max(torch.finfo(gram_pp.dtype).eps, torch.finfo(rest.dtype).eps ** 2)
     parts, (before, _) = [], _unit(piece.sizes[0][0], gram_pp)
     for a, n, b in piece.sizes:
         if keep_basis and b == a * n:
             vectors, singular_values = _unit(b, gram_pp)
+        elif b == matrix_pq.shape[1] < a * n:  # a cut that loses nothing; squares would lose the small singular values
+            vectors, singular_values, _ = torch.linalg.svd(matrix_pq.double(), full_matrices=False)
+            singular_values = _floored(singular_values, noise)
         else:
             vectors, singular_values = _leading(_trace_out(gram_pp, a * n, piece.is_left), b, noise)
         # The bonds before are full, so the vectors of the site before are a rotation (a, a), which is taken off here.
@@ -230,12 +235,15 @@ def _trace_out(gram_pp: Tensor, kept: int, is_left: bool) -> Tensor:
 def _leading(gram_pp: Tensor, bond: int, noise: float) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (p, bond) of a Gram matrix, and the singular values (bond)."""
     eigenvalues, vectors = torch.linalg.eigh(gram_pp)  # ascending
-    squares = eigenvalues[-bond:].flip(0)
-    # A tiny eigenvalue may come out negative. Any positive scale will do as a gauge; the floor keeps 1/s finite.
-    singular_values = squares.clamp_min(squares[0].clamp_min(0) * noise).sqrt()
+    squares = eigenvalues[-bond:].flip(0).clamp_min(0)  # a tiny one may come out negative
+    return vectors[:, -bond:].flip(1), _floored(squares.sqrt(), noise)
+
+
+def _floored(singular_values: Tensor, noise: float) -> Tensor:
+    """Singular values, largest first, as a gauge: any positive scale will do, and the floor keeps 1/s finite."""
     if singular_values[0] == 0:
-        singular_values = torch.ones_like(singular_values)
-    return vectors[:, -bond:].flip(1), singular_values
+        return torch.ones_like(singular_values)
+    return singular_values.clamp_min(singular_values[0] * math.sqrt(noise))
 
 
 def _share_singular_values(sites: list[Tensor], roots: list[Tensor], central: int) -> list[Tensor]:

@@ -116,10 +116,13 @@ class FinetuneResult:
 
     @classmethod
     def _from_dict(cls, values: dict[str, Any]) -> FinetuneResult:
+        routers_of = values["routers"]
+        if not isinstance(routers_of, dict):
+            raise TypeError(f"routers is {brief(routers_of)}")
         parts = {
             "parameters": _typed(ParameterCount, values["parameters"]),
             "trained": [_typed(TrainedPart, part) for part in values["trained"]],
-            "routers": {name: _typed(RouterStatistics, of_layer) for name, of_layer in dict(values["routers"]).items()},
+            "routers": {name: _typed(RouterStatistics, of_layer) for name, of_layer in routers_of.items()},
         }
         result = _typed(cls, {**values, **parts}, built=parts.keys())
         for name, splits in result.tasks.items():

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.integrations import deepspeed
 
 from mpoe.config import MPOEConfig
@@ -19,9 +25,9 @@ from mpoe.models import (
     component_modules,
     from_pretrained,
     is_upcycled,
+    load_config,
     load_tokenizer,
     mpoe_config,
-    read_config,
     upcycle,
 )
 from mpoe.training.arguments import ModelArguments, TrainableArguments
@@ -60,7 +66,7 @@ def load_model(
     freezing = None if trainable is None else trainable.freezing()
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model_name_or_path must be a folder with a config.json; {path} has none")
-    overrides = {**(options or {}), **_dropout(path, arguments.dropout)}
+    overrides = {**(options or {}), **_dropout(path, load_config(path), arguments.dropout)}
     with clear_load_errors(path):
         try:
             model = auto_class.from_pretrained(path, **NO_CODE, **overrides)
@@ -164,11 +170,10 @@ def _some(names: Collection[str], shown: int = 3) -> str:
     return ", ".join(sorted(names)[:shown]) + more if names else "none"
 
 
-def _dropout(path: str, probability: float | None) -> dict[str, float]:
+def _dropout(path: str, config: PreTrainedConfig, probability: float | None) -> dict[str, float]:
     """The fields of the model's config that are its dropout."""
     if probability is None:
         return {}
-    config = read_config(path)
     names = [name for name in _DROPOUTS if hasattr(config, name)]
     if not names:
         raise ValueError(f"dropout must be left out: the config of {path} ({config.model_type}) has no field for it")

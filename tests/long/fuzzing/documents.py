@@ -187,7 +187,7 @@ def _run_configs(folder: Path) -> Any:
         before = mpoe.cli.finetune.load_model
         mpoe.cli.finetune.load_model = stop
         try:
-            named = (file.name, STOPPED, *ours, *trainers, "task", "config", "argument", "unknown")
+            named = (file.name, STOPPED, *ours, *trainers, "output_dir", "task", "config", "argument", "unknown")
             status, _ = run_command(["finetune", str(file)], folder, *named)
             assert status == 2
         finally:
