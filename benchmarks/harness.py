@@ -218,7 +218,9 @@ def tensor_peak(function: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells on stderr that it starts and stops
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         function()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

@@ -18,6 +18,7 @@ def test_diff_names_what_is_not_the_default():
     ("values", "message"),
     [
         ({"num_experts": 0}, "num_experts must be an integer >= 1; got 0"),
+        ({"num_experts": 2**63}, "num_experts must be at most 1,048,576; got 9223372036854775808"),
         ({"num_experts": 2.5}, "num_experts must be an integer >= 1; got 2.5"),
         ({"num_experts": True}, "num_experts must be an integer >= 1; got True"),
         ({"layout": "diagonal"}, r"layout must be one of \('separable', 'balanced'\); got 'diagonal'"),

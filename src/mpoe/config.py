@@ -20,6 +20,7 @@ AUXILIARY_SIDES = ("both", "narrow")
 ROUTING = ("token", "sequence", "prefix")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
 ROUTER_GRADIENTS = ("router", "all", "none")
+MAX_EXPERTS = 2**20  # a router scores all of them for every token
 
 
 @dataclass
@@ -30,7 +31,7 @@ class MPOEConfig:
     as a dictionary, into the `config.json` of a saved model.
 
     Attributes:
-        num_experts: Experts per feed-forward layer, count, >= 1; 1 is no mixture (see `is_mixture`).
+        num_experts: Experts per feed-forward layer, count, 1 .. MAX_EXPERTS; 1 is no mixture (see `is_mixture`).
         moe_type: Router. "switch": the most probable expert; "moe": the two most probable, weighed (GShard); "none": no
             mixture, every layer is one network.
         top_k: Experts per token, count, 1 .. num_experts; None is the type's own, 1 for switch and 2 for moe.
@@ -175,6 +176,7 @@ class MPOEConfig:
         ):  # fmt: skip
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
+        _require(self.num_experts <= MAX_EXPERTS, "num_experts", f"at most {MAX_EXPERTS:,}", self.num_experts)
         for name in (
             "top_k", "num_sites", "max_auxiliary_bond", "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim",
         ):  # fmt: skip

@@ -169,6 +169,8 @@ def test_the_theme_follows_the_system_until_it_is_told(open_page, scheme):
 
     assert is_dark() == (scheme == "dark")
     page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
+    page.wait_for_function(f"matchMedia('(prefers-color-scheme: dark)').matches === {str(scheme == 'light').lower()}")
+    page.evaluate("new Promise(requestAnimationFrame)")  # by when the page has been told, too
     assert is_dark() == (scheme == "light")
     button.focus()
     page.keyboard.press("Enter")

@@ -385,6 +385,7 @@ def test_runs_are_compared(ground, capsys):
         {**results, "parameters": {**results["parameters"], "router": None}},
         {**results, "trained": [5]},
         {**results, "routers": "0"},
+        {**results, "gradient_mask": {"a": 1}},
         {**results, "tasks": {"sentiment": {"test": 1}}},
         {**results, "tasks": {"sentiment": {}}},
         {**results, "average": {}, "tasks": {name: {"test": {"accuracy": 1.0}} for name in "ab"}},

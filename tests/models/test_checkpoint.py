@@ -132,6 +132,13 @@ def test_weights_that_are_not_the_models_are_named(change, message, tmp_path):
         mpoe.from_pretrained(tmp_path)
 
 
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    for text in ('"../.."', "[1]", "3", "null"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{tmp_path} must be a folder with a config"):
+            mpoe.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

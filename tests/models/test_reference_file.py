@@ -73,6 +73,7 @@ def test_damaged_files_are_one_line(tmp_path, name, kept):
         read_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.bin"
     for value in ([1, 2], {"a": 1}, {}, {5: torch.ones(2)}):

@@ -231,9 +231,9 @@ def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, **options)  # nosec B615  # the revision is the user's choice
 
 
-def _check_layers(path: str | Path, values: dict[str, Any]) -> None:
+def _check_layers(path: str | Path, values: Any) -> None:
     """Refuse a number of layers that would keep the machine busy for hours, before anything counts to it."""
-    for name, value in values.items():
+    for name, value in values.items() if isinstance(values, dict) else ():
         if isinstance(value, dict):
             _check_layers(path, value)
         elif "layer" in name and isinstance(value, int | float) and value > MAX_LAYERS:

@@ -125,6 +125,8 @@ class FinetuneResult:
             "routers": {name: _typed(RouterStatistics, of_layer) for name, of_layer in routers_of.items()},
         }
         result = _typed(cls, {**values, **parts}, built=parts.keys())
+        if result.gradient_mask is not None and result.gradient_mask.keys() != {"drawn", "discarded"}:
+            raise TypeError(f"gradient_mask is {brief(result.gradient_mask)}")
         for name, splits in result.tasks.items():
             if not splits or not splits.keys() & {"validation", "test"} or not all(splits.values()):
                 raise TypeError(f"tasks/{name} has no numbers")
