@@ -17,6 +17,7 @@ default_role = "code"  # `x` in a docstring is code, as in Markdown
 html_theme = "furo"
 html_title = f"mpoe {release}"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 
 myst_heading_anchors = 3  # links such as results.md#in-short, as on GitHub

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -148,6 +149,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path):
         ({"architectures": 2}, "must name a model of Transformers|StrictDataclassFieldValidationError"),  # of 5.17
         ({"architectures": [None]}, "must name a model of Transformers|StrictDataclassFieldValidationError"),
         ({"quantization_config": [1]}, "."),
+        ({"dropout_rate": math.nan}, "must have a number as dropout_rate; got NaN"),
         ({"num_layers": 10**30}, r"must have num_layers of at most 10,000; got 1e\+30"),
     ],
 )

@@ -221,6 +221,14 @@ def test_site_dimensions_that_differ_between_matrices_of_one_name_and_shape_are_
         import_reference(with_other_sites(write(dense, parts=("attention",)), [name]), dense.config)
 
 
+def test_a_router_that_is_one_number_is_refused():
+    tensors = write(base(), kind="moe")
+    for name in [name for name in tensors if name.endswith(".gate.w_gating")]:
+        tensors[name] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"at least 2 experts, .* got 0 experts"):
+        import_reference(tensors, base().config)
+
+
 def test_one_expert_or_an_even_number_of_sites_is_refused():
     dense = base()
     with pytest.raises(

@@ -50,6 +50,16 @@ def test_without_a_seal_a_checkpoint_counts_if_every_file_is_whole(tmp_path, fil
         assert unfinished_checkpoints(tmp_path) == [second]
 
 
+@pytest.mark.parametrize(("field", "value"), [(10, 77), (8, 1), (8, 64)])  # compression; password, encryption
+def test_without_a_seal_an_archive_that_cannot_be_unpacked_is_not_whole(tmp_path, field, value):
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2, sealed=False)
+    data = bytearray((second / "optimizer.pt").read_bytes())
+    for magic, place in ((b"PK\x01\x02", field), (b"PK\x03\x04", field - 2)):
+        data[data.index(magic) + place] = value
+    (second / "optimizer.pt").write_bytes(data)
+    assert last_checkpoint(tmp_path) == first
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "deeper/more.txt"])
 @pytest.mark.parametrize(
     ("damage", "message"),

@@ -7,6 +7,7 @@ on `save_pretrained` and any `AutoModel*.from_pretrained` work on mixtures (safe
 
 from __future__ import annotations
 
+import math
 import pickle  # nosec B403  # for its error alone
 import re
 from collections.abc import Iterator
@@ -226,16 +227,18 @@ def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
     options = {**NO_CODE, **options}
     with clear_load_errors(path):
         values, _ = PreTrainedConfig.get_config_dict(path, **options)
-    _check_layers(path, values)
+    _check_numbers(path, values)
     with clear_load_errors(path):
         return AutoConfig.from_pretrained(path, **options)  # nosec B615  # the revision is the user's choice
 
 
-def _check_layers(path: str | Path, values: Any) -> None:
-    """Refuse a number of layers that would keep the machine busy for hours, before anything counts to it."""
+def _check_numbers(path: str | Path, values: Any) -> None:
+    """Refuse what passes the checks of Transformers: NaN, and more layers than a machine could count in hours."""
     for name, value in values.items() if isinstance(values, dict) else ():
         if isinstance(value, dict):
-            _check_layers(path, value)
+            _check_numbers(path, value)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"the config.json in {path} must have a number as {name}; got NaN")
         elif "layer" in name and isinstance(value, int | float) and value > MAX_LAYERS:
             raise ValueError(f"the config.json in {path} must have {name} of at most {MAX_LAYERS:,}; got {value:g}")
 

@@ -60,7 +60,8 @@ class ReferenceLayout:
             numbers = [int(m[1]) for matrix in matrices if (m := re.search(r"\.sffn\.experts\.(\d+)\.", matrix))]
             num_experts = 1 + max(numbers)
         else:
-            num_experts = max((t.shape[-1] for key, t in tensors.items() if key.endswith(".gate.w_gating")), default=0)
+            gates = [tensor for key, tensor in tensors.items() if key.endswith(".gate.w_gating")]
+            num_experts = max((gate.shape[-1] for gate in gates if gate.ndim), default=0)
         num_sites = 1 + max(int(match["site"]) for match in sites)
         if num_experts < 2 or num_sites % 2 == 0:
             raise ValueError(

@@ -132,7 +132,8 @@ def _is_whole(file: Path) -> bool:
         elif file.suffix in SUFFIXES:
             with zipfile.ZipFile(file) as archive:
                 return archive.testzip() is None
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    # the last two: a compression that is not known, a password
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return False
     return True
 
