@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 
 from mpoe.models.compress import CompressedMatrix
@@ -67,9 +68,10 @@ def most_lost_table(matrices: Sequence[CompressedMatrix]) -> Table:
     worst = sorted(matrices, key=lambda matrix: -matrix.error)[:SHOWN]
     whole = sum(len(matrix.bonds) == 2 for matrix in matrices)
     title = f"{len(worst)} of {len(matrices)} matrices, those that lost most; {whole} stayed whole"
-    table = Table(title=plain(title, TITLE), title_justify="left")
-    for column in ("matrix", "size", "bonds", "share", "error predicted", "measured"):
-        table.add_column(column, justify="left" if column == "matrix" else "right")
+    table = Table(title=plain(title, TITLE), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("matrix", "size", "bonds", "share", "predicted", "error"):
+        is_name = column == "matrix"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for matrix in worst:
         table.add_row(
             plain(matrix.name), f"{matrix.dims.out_features}×{matrix.dims.in_features}",
