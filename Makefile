@@ -1,4 +1,4 @@
-# make demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
+# make setup | demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
 # makes .venv; after that none needs the network, but for what `mpoe demo` itself downloads once, and `make oldest`.
 
 PYTHON ?= python3
@@ -21,9 +21,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs docs-test oldest chaos fuzz distributed soak bench clean
+.PHONY: help setup demo test check docs docs-test oldest chaos fuzz distributed soak bench clean
 
 help:
+	@echo "make setup   make .venv, with mpoe and all that it is developed with"
 	@echo "make demo    upcycle a small T5, fine-tune it, show the numbers   (ARGS='--compare')"
 	@echo "make test    run the tests                                        (ARGS='-k router -x')"
 	@echo "make check   ruff, pyright, import-linter, bandit, dependency pins and their advisories"
@@ -37,6 +38,9 @@ help:
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
 	@echo "The first run makes .venv (some minutes). PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip."
+
+setup: $(READY)
+	@echo "setup: .venv is ready; source .venv/bin/activate puts mpoe on the path"
 
 demo: $(READY)
 	@echo "demo: fine-tuning an upcycled T5 ($(strip mpoe demo $(ARGS)))"

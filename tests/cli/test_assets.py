@@ -318,6 +318,6 @@ def test_minilm_is_the_files_of_its_wheel(index, monkeypatch):
 
 def test_a_missing_gguf_is_said_before_anything_is_downloaded(index, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"the package gguf, which is missing: pip install 'mpoe\[gguf\]'"):
+    with pytest.raises(ValueError, match=r"the package gguf, which is missing: pip install gguf"):
         smollm2_checkpoint()
     assert index.asked == []

@@ -142,7 +142,7 @@ def test_flags_reach_the_model(ground, flags, count):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("expert_count: 8\n", "unknown config keys ['expert_count']"),
+        ("expert_count: 8\n", "unknown config key 'expert_count'"),
         ("- 8\n", "must hold flags and their values, as a mapping; got list"),
         ("task: [", "must be a readable yaml file"),
         ("task: sentiment\n", "the following arguments are required"),
@@ -178,7 +178,7 @@ def test_another_runs_folder_is_left_alone(ground, capsys):
     assert main(["finetune", *FLAGS]) == 0
     before = files(ground)
     assert main(["finetune", *FLAGS, "--learning_rate", "0.5"]) == 2
-    assert "holds another run (learning_rate: - there, 0.5 now)" in capsys.readouterr().err
+    assert "holds another run (learning_rate: the default there, 0.5 now)" in capsys.readouterr().err
     assert files(ground) == before
 
 

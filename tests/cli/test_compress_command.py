@@ -9,7 +9,7 @@ import mpoe
 from mpoe.cli import compress, finetune
 from mpoe.cli.main import main
 from mpoe.models import count_parameters
-from tiny import FLAGS, assert_refused, save_tiny_gpt2
+from tiny import FLAGS, assert_refused, save_tiny_gpt2, tiny_t5, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
 
@@ -51,6 +51,22 @@ def test_a_finished_run_and_its_task(ground, capsys):
     assert rows["after"]["auxiliary"] <= 0.6 * rows["before"]["auxiliary"]
     results = json.loads(Path("run/results.json").read_text())["tasks"]["sentiment"]["test"]
     assert rows["before"]["metrics"] == {name: pytest.approx(value) for name, value in results.items()}
+
+
+def test_a_task_of_ones_own_and_a_wrong_one(ground, capsys):
+    rows = Path("data/sentiment/train.tsv").read_text()
+    Path("rows.tsv").write_text(rows)
+    labels = "labels: [negative, positive]" if "positive" in rows else "labels: ['0', '1']"
+    Path("films.yaml").write_text(
+        f"name: films\ntemplate: '{{sentence}}'\nlabel: label\n{labels}\nmetrics: [accuracy]\ntrain: rows.tsv\n"
+    )
+    tiny_t5().save_pretrained("t5")
+    tiny_tokenizer().save_pretrained("t5")
+    words = ["compress", "t5", "--budget", "0.9", "-o", "out", "--n_test", "4"]
+    assert_refused([*words, "--task", "films"], "'films' is not known: did you mean films.yaml?", ground, capsys)
+    assert_refused([*words, "--task", "cola", "--data_dir", "no"], "data_dir must be a folder", ground, capsys)
+    assert main([*words, "--task", "films.yaml", "--calibration_data", "task"]) == 0
+    assert all("accuracy" in row["metrics"] for row in numbers("out").values())
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_weights_come_from_another_experiment(ground):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task", "colour"], "task must be one of cola"),
+        (["--task", "colour"], "task 'colour' is not known"),
         (["--data_dir", "nowhere"], "data_dir must be a folder; nowhere"),
         (["--num_experts", "0"], "num_experts must be an integer >= 1; got 0"),
         (["--num_experts", "two"], "argument --num_experts: invalid int value: 'two'"),

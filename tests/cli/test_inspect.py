@@ -197,3 +197,15 @@ def test_the_error_of_a_truncation_is_that_of_the_mixture(tmp_path, capsys):
 
 def test_a_base_is_for_saved_mixtures(tmp_path, capsys):
     assert_refused(["inspect", "t5-small", "--base", "t5-small"], "base is about a saved mixture", tmp_path, capsys)
+
+
+def test_what_has_become_of_the_dense_model_is_said(tmp_path, capsys):
+    text = " ".join(printed(capsys, "t5-base", "--num_experts", "8"))
+    assert "8 experts: 24 feed-forward layers (encoder 12, decoder 12), +32%" in text
+    assert "--stacks encoder" in text
+    text = " ".join(printed(capsys, "t5-base", "--num_experts", "8", "--stacks", "encoder"))
+    assert "8 experts: 12 feed-forward layers (encoder alone)" in text
+    assert "Where a task" not in text
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    text = " ".join(printed(capsys, str(tmp_path / "llama"), "--num_experts", "4"))
+    assert "feed-forward layers, +" in text

@@ -102,6 +102,10 @@ def test_no_model_no_tokenizer(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty must be a folder with a config.json"):
         kind_of("empty")
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"runs/two must be a folder with a config.json; there is no such folder"):
+        kind_of("runs/two")  # and not of the owner "runs" on a hub
     tiny_t5().save_pretrained("model")
     with pytest.raises(ValueError, match="model must hold its model's tokenizer"):
         load_finished("model")

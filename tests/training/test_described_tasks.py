@@ -99,13 +99,13 @@ def test_without_a_development_file_tenths_are_drawn(rows, drawn, tmp_path):
     write_tickets(tmp_path, train=rows)
     path = describe(tmp_path, dev=None)
     data, again, other = (load(path, seed=seed) for seed in (1, 1, 2))
-    assert [len(getattr(data, split)) for split in SPLITS] == [rows - 2 * drawn, drawn, drawn, 2 * drawn]
-    assert data.dev_is_split
-    assert sorted([*data.validation["source"], *data.test["source"]]) == sorted(data.dev["source"])
-    assert len({*data.train["source"], *data.dev["source"]}) == rows
+    assert [len(rows) for rows in (data.train, data.validation, data.test)] == [rows - 2 * drawn, drawn, drawn]
+    assert data.dev is None
+    assert not data.dev_is_split
+    assert len({*data.train["source"], *data.validation["source"], *data.test["source"]}) == rows
     assert data.train["source"][:] == again.train["source"][:]
     assert data.test["source"][:] == again.test["source"][:]
-    assert rows == 3 or data.dev["source"][:] != other.dev["source"][:]
+    assert rows == 3 or data.test["source"][:] != other.test["source"][:]
 
 
 def test_too_few_rows_to_draw_from(tmp_path):

@@ -60,7 +60,7 @@ def test_a_finished_run_is_found(tmp_path):
     ("prepare", "message"),
     [
         (lambda p: claimed(p, {**ARGUMENTS, "num_experts": 4}), r"another run \(num_experts: 4 there, 8 now\)"),
-        (lambda p: claimed(p, {**ARGUMENTS, "seed": 1}), r"another run \(seed: 1 there, - now\)"),
+        (lambda p: claimed(p, {**ARGUMENTS, "seed": 1}), r"another run \(seed: 1 there, the default now\)"),
         (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("dear reader")), "holds other files and no run.json"),
         (lambda p: p.write_text("a file"), "is a file; name another"),
         (lambda p: (p.mkdir(), (p / "run.json").write_text("{")), "cannot be read"),

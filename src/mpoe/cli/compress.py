@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from mpoe.report.compression import CompressionRow, compression_table, most_lost
 from mpoe.training.corpus import Corpus, Text, tokenize_text
 from mpoe.training.data_arguments import CorpusArguments, DataArguments
 from mpoe.training.measure import TaskYardstick, TextYardstick
+from mpoe.training.tasks import get_task, load_task
 
 OF_THE_TASK = "task"  # as calibration data: the training rows of --task
 REPORT_FILE = "compression.json"
@@ -65,7 +66,7 @@ class CompressArguments:
         default=None,
         metadata={
             "aliases": ["--task"],
-            "help": "Other models: the task whose test rows are measured before and after.",
+            "help": "Other models: the task whose test rows are measured before and after; a name, or a YAML file.",
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the task's rows; the hub if left out."})
@@ -99,11 +100,16 @@ def run(argv: Sequence[str]) -> None:
     _check_kind(args, kind)
     console = PlainConsole()
     set_seed(args.seed)
+    task = None if args.tasks is None else _task_yardstick(args, args.tasks, kind)
+    texts = {file: _text(file) for file in (args.test_file, args.calibration_data) if file not in (None, OF_THE_TASK)}
     console.print(f"Loading {args.model} ...")
     model, tokenizer = load_finished(args.model)
-    yardstick = _yardstick(args, kind, tokenizer)
+    yardstick = task
+    if args.test_file is not None:
+        text = tokenize_text(texts[args.test_file], tokenizer, args.max_eval_tokens)
+        yardstick = TextYardstick(text, args.batch_size)
     components = tuple(part.strip() for part in args.mpo_layers.split(",") if part.strip())
-    moments = _moments(args, model, tokenizer, yardstick, components)
+    moments = _moments(args, model, tokenizer, task, texts, components)
     shrink = partial(compress, model, args.budget, components, expert_budget=args.expert_budget, moments=moments)
     found = {args.layout: shrink(LAYOUTS.get(args.layout, (args.layout,)))}
     with new_folder(Path(args.output_dir)) as folder:
@@ -138,16 +144,11 @@ def _check_kind(args: CompressArguments, kind: Kind) -> None:
         )
 
 
-def _yardstick(
-    args: CompressArguments, kind: Kind, tokenizer: PreTrainedTokenizerBase
-) -> TaskYardstick | TextYardstick | None:
-    if args.test_file is not None:
-        text = tokenize_text(_text(args.test_file), tokenizer, args.max_eval_tokens)
-        return TextYardstick(text, args.batch_size)
-    if args.tasks is not None:
-        data_args = DataArguments([args.tasks], data_dir=args.data_dir, n_val=1, n_test=args.n_test)
-        return TaskYardstick(args.tasks, kind == "classification", data_args, args.batch_size, args.seed)
-    return None
+def _task_yardstick(args: CompressArguments, name: str, kind: Kind) -> TaskYardstick:
+    task, is_classifier = get_task(name), kind == "classification"
+    rows = load_task(task, args.data_dir, args.seed, in_columns=is_classifier)
+    data_args = DataArguments([task.name], data_dir=args.data_dir, n_val=1, n_test=args.n_test)
+    return TaskYardstick(task, rows, is_classifier, data_args, args.batch_size, args.seed)
 
 
 def _text(file: str) -> Text:
@@ -158,17 +159,16 @@ def _text(file: str) -> Text:
 
 def _moments(
     args: CompressArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    yardstick: TaskYardstick | TextYardstick | None, components: tuple[str, ...],
+    task: TaskYardstick | None, texts: Mapping[str, Text], components: tuple[str, ...],
 ) -> dict[str, Tensor] | None:  # fmt: skip
     """The second moments of the matrices' inputs on the calibration data; None if there is none."""
     if args.calibration_data is None:
         return None
     with input_moments(model, components) as moments:
-        if args.calibration_data == OF_THE_TASK:
-            assert isinstance(yardstick, TaskYardstick)  # nosec B101  # for the type checker: --task is given
-            yardstick.run_training_rows(model, tokenizer, args.calibration_tokens)
+        if args.calibration_data == OF_THE_TASK and task is not None:
+            task.run_training_rows(model, tokenizer, args.calibration_tokens)
         else:
-            text = tokenize_text(_text(args.calibration_data), tokenizer, args.calibration_tokens)
+            text = tokenize_text(texts[args.calibration_data], tokenizer, args.calibration_tokens)
             TextYardstick(text, args.batch_size).metrics(model, tokenizer)
     return moments
 

@@ -17,8 +17,7 @@ from mpoe.cli.assets import sentiment_data, t5_checkpoint
 from mpoe.cli.flags import read_flags
 from mpoe.config import MPOEConfig
 from mpoe.files import read_json, write_json
-from mpoe.models import mixtures
-from mpoe.report import PlainConsole, router_table
+from mpoe.report import PlainConsole, layers_of_stacks, router_table
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
     FinetuneTrainingArguments,
@@ -161,7 +160,7 @@ def _finetune(
     model_args = ModelArguments(model_dir, num_experts=args.num_experts)
     model, tokenizer = load_model(model_args, config, TrainableArguments(freeze_embeds=True))
     if config is not None:
-        console.print(f"upcycled {len(mixtures(model))} feed-forward layers")
+        console.print(f"upcycled {layers_of_stacks(model)}")
     training_args = _training_arguments(folder.path, args)
     objective = TextToText({task.name: (task, data)}, DataArguments([task.name]))
     return finetune(model, tokenizer, objective, training_args, folder)

@@ -87,14 +87,16 @@ def _probe(timeout: float) -> tuple[dict[str, Any], Check | None]:
 def _print(found: Sequence[Check]) -> None:
     console = Console(markup=False, emoji=False)
     for about, of_table in groupby(found, key=lambda check: check.about):
-        table = Table(title=about, title_justify="left", show_header=False)
-        for _ in range(2):
-            table.add_column("")
-        table.add_column("", overflow="fold")
-        table.add_column("", overflow="fold")
+        rows = []
         for check in of_table:
             mark = Text("" if check.verdict == "ok" else check.verdict, STYLES[check.verdict])
-            table.add_row(*(Text(printable(text)) for text in (check.name, check.found)), mark, Text(check.advice))
+            rows.append([Text(printable(check.name)), Text(printable(check.found)), mark, Text(check.advice)])
+        table = Table(title=about, title_justify="left", show_header=False)
+        filled = [column for column in range(4) if any(row[column].plain for row in rows)]
+        for column in filled:
+            table.add_column("", overflow="fold" if column > 1 else "ellipsis")
+        for row in rows:
+            table.add_row(*(row[column] for column in filled))
         console.print(table)
     broken = [check.name for check in found if check.verdict == "broken"]
     slow = [check.name for check in found if check.verdict == "slow"]

@@ -10,7 +10,7 @@ from mpoe.cli.flags import read_flags
 
 ASSETS = {
     "t5": (t5_checkpoint, "a T5 of 77 M parameters, flan-t5-small's architecture (68 MB)"),
-    "smollm2": (smollm2_checkpoint, "SmolLM2-135M-Instruct, a LLaMA that chats (93 MB; needs the extra gguf)"),
+    "smollm2": (smollm2_checkpoint, "SmolLM2-135M-Instruct, a LLaMA that chats (93 MB; needs the package gguf)"),
     "minilm": (minilm_checkpoint, "all-MiniLM-L6-v2, a BERT of 23 M parameters (84 MB)"),
     "sentiment": (sentiment_data, "10,070 labelled sentences of film reviews, a --data_dir (2 MB)"),
 }

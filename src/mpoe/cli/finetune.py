@@ -12,7 +12,14 @@ from transformers import PreTrainedModel, set_seed
 from mpoe.cli.parsing import parse, without_defaults
 from mpoe.config import MPOEConfig
 from mpoe.models import component_modules, is_upcycled, mpoe_config, routers, set_compute
-from mpoe.report import PlainConsole, metrics_table, parameter_table, router_table, trained_table
+from mpoe.report import (
+    PlainConsole,
+    layers_of_stacks,
+    metrics_table,
+    parameter_table,
+    router_table,
+    trained_table,
+)
 from mpoe.training.arguments import (
     STACKS_FOR_LABELS,
     FinetuneTrainingArguments,
@@ -32,7 +39,7 @@ from mpoe.training.data_arguments import (
 )
 from mpoe.training.finetune import ADAPTER_FOLDER, FinetuneResult, finetune
 from mpoe.training.language_modeling import CausalLM
-from mpoe.training.load import load_model, mixture_changes, whole_weights
+from mpoe.training.load import config_of_model, load_model, mixture_changes, whole_weights
 from mpoe.training.objective import DEFAULTS, Objective
 from mpoe.training.optimizer import trained_parts
 from mpoe.training.run_folder import RESULTS_FILE, RunFolder
@@ -97,7 +104,8 @@ def _finetune(
     tasks = _named_tasks(data_args)
     with_labels = data_args.objective == TEXT_TO_TEXT and any(task.kind != "text" for task in tasks.values())
     config = mixture_args.mpoe_config(model_args.num_experts, args.seed, STACKS_FOR_LABELS if with_labels else None)
-    trainable.freezing()  # a wrong flag should not wait for data and weights
+    trainable.freezing()  # a wrong flag or name should not wait for data and weights
+    config_of_model(model_args.model_name_or_path)
     if 0 < trainable.gradient_mask_prob < 1 and (config is None or not config.mpo_layers):
         raise ValueError("gradient_mask_prob is about the central tensors of MPOs; leave it out, or see --mpo_layers")
     objective = _objective(data_args, corpus_args, tasks, args.seed, console)
@@ -118,7 +126,7 @@ def _finetune(
     kind = f"MPOs without a mixture ({components})" if is_upcycled(model) else "dense"
     if found:
         experts = f"{found[0].num_experts} experts, {found[0].top_k} for a token"
-        kind = f"{len(found)} feed-forward layers with {experts}; changed: {components}"
+        kind = f"{layers_of_stacks(model)} with {experts}; changed: {components}"
     console.print(f"{model_args.model_name_or_path}: {kind}.")
     console.print(trained_table(trained_parts(model, args.learning_rate, trainable.mpo_lr)))
     return finetune(model, tokenizer, objective, args, folder, trainable)
@@ -194,8 +202,10 @@ def _rows_of(name: str, data: TaskData, data_args: DataArguments) -> str:
     ):
         taken = f"{limit:,} of " if 0 < limit < len(rows) else ""
         counts.append(f"{taken}{len(rows):,} {split}")
-    halves = "; its development set is halved into validation and test" if data.dev_is_split else ""
-    return f"Task {name}: {', '.join(counts)} rows{halves}."
+    origin = "; its development set is halved into validation and test" if data.dev_is_split else ""
+    if data.dev is None:
+        origin = "; without a development set, validation and test are a tenth of the training rows each"
+    return f"Task {name}: {', '.join(counts)} rows{origin}."
 
 
 def _print_result(console: PlainConsole, result: FinetuneResult, output_dir: str) -> None:
@@ -220,7 +230,11 @@ def _print_result(console: PlainConsole, result: FinetuneResult, output_dir: str
         console.print(f"gradient mask: {discarded:,} of {drawn:,} updates of central tensors discarded")
     pace = "" if result.seconds_per_step is None else f", {result.seconds_per_step:.2f} s a step"
     pace += "" if result.tokens_per_second is None else f", {result.tokens_per_second:,.0f} input tokens a second"
-    loss = "not logged" if result.train_loss is None else f"{result.train_loss:.4f} a target"
+    loss = (
+        "not logged"
+        if result.train_loss is None
+        else f"{result.train_loss:.4f} nats a target (a token of an answer, or a label)"
+    )
     console.print(
         f"training loss {loss}{pace}, peak memory {result.peak_memory / 2**30:.1f} GiB; model, tokenizer and "
         f"results.json in {output_dir}"

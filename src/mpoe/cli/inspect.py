@@ -17,13 +17,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mpoe.cli.loading import load_finished
 from mpoe.cli.parsing import name_first, parse
 from mpoe.config import MPOEConfig
-from mpoe.models import NO_CODE, class_of, clear_load_errors, count_parameters, mpo_experts, read_config, set_compute
+from mpoe.models import (
+    NO_CODE,
+    ParameterCount,
+    class_of,
+    clear_load_errors,
+    count_parameters,
+    mixtures,
+    mpo_experts,
+    read_config,
+    set_compute,
+)
 from mpoe.models.families import T5_SIZES
 from mpoe.models.truncation import MatrixFacts, matrix_facts
 from mpoe.models.upcycle import swap_modules
 from mpoe.mpo.machine import machine_of
 from mpoe.nn import MPOExperts
-from mpoe.report import PlainConsole, parameter_table
+from mpoe.report import PlainConsole, layers_of_stacks, parameter_table
 from mpoe.report.matrices_table import MATRICES_LEGEND, matrices_table
 from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
 from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table, rows_of_plan
@@ -98,7 +108,7 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(_as_json(args, config, columns, step, hardware), indent=2))
         return
     if args.plan is None and args.scale is None:
-        _print_parameters(console, args, config, columns)
+        _print_parameters(console, args, config, columns, saved is not None or mixture_args.stacks is not None)
         return
     shape = model_shape(config, args.model)
     tables: list[Table | str] = []
@@ -147,14 +157,27 @@ def _print_parameters(
     args: InspectArguments,
     config: PreTrainedConfig,
     columns: Mapping[str, MPOEConfig | None],
+    asks_for_stacks: bool,
 ) -> None:
     models = {column: _on_meta(config, mixture) for column, mixture in {"dense": None, **columns}.items()}
     counts = {column: count_parameters(model) for column, model in models.items()}
     console.print(parameter_table(counts, f"{args.model}, millions"))
+    for column, model in models.items():
+        if mixtures(model):
+            console.print(f"{column}: {layers_of_stacks(model)}{_growth(counts[column])}.")
+    if config.is_encoder_decoder and any(map(mixtures, models.values())) and not asks_for_stacks:
+        console.print("Where a task's answers are labels, mpoe finetune changes the encoder alone: --stacks encoder.")
+    console.print("--plan says how matrices are multiplied and at what cost, --scale what a training step takes.")
     facts = _facts(args, config, list(models.values())[-1])
     if facts:
         console.print(matrices_table(facts, f"Matrices, {list(models)[-1]}"))
         console.print(MATRICES_LEGEND)
+
+
+def _growth(count: ParameterCount) -> str:
+    """What the dense model has become, in words."""
+    total, active, whole = (n / count.dense - 1 for n in (count.total, count.active, count.whole_experts))
+    return f", {total:+.0%} parameters ({whole:+.0%} with whole experts), {active:+.0%} met by one token"
 
 
 def _facts(args: InspectArguments, config: PreTrainedConfig, model: PreTrainedModel) -> list[MatrixFacts]:

@@ -174,10 +174,10 @@ def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], path: Path) 
     actions = {action.dest: action for action in reversed(parser._actions)}
     unknown = sorted(str(key) for key in values if key not in actions)
     if unknown:
-        near = did_you_mean(unknown[0], actions) or ";"
+        named = ", ".join(f"{brief(key)}{did_you_mean(key, actions)}" for key in unknown[:3])
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
-            f"{path}: unknown config keys {brief(unknown)}{near} {parser.prog} --help lists the flags, which are the "
-            "keys"
+            f"{path}: unknown config key {named}{more}; {parser.prog} --help lists the flags, which are the keys"
         )
     for name, value in values.items():
         try:

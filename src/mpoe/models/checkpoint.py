@@ -289,7 +289,11 @@ def clear_load_errors(path: str | Path) -> Iterator[None]:
         path: What is loaded: a folder, or a name on the hub.
     """
     name = str(path)
-    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not Path(path).exists() and (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or ("/" in name and any(Path(name).parent.glob("*/run.json")))  # a folder of runs, and no owner on a hub
+    ):
         raise ValueError(
             f"{name} must be a folder with a config.json; there is no such folder (a name on the hub has the form "
             "owner/model)"

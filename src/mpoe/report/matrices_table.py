@@ -22,7 +22,8 @@ def matrices_table(matrices: Sequence[MatrixFacts], title: str) -> Table:
     table = Table(title=plain(title, TITLE), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("matrix", "", "size", "sites", "bonds", "param., M", "error"):
         is_number = column in ("", "param., M", "error")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+        can_fold = column in ("sites", "bonds")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=not can_fold, overflow="fold")
     groups: dict[tuple[str, SiteDims, tuple[int, ...]], list[MatrixFacts]] = {}
     for matrix in matrices:
         name = ".".join(matrix.name.split(".")[-2:])

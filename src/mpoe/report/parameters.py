@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.table import Table
+from transformers import PreTrainedModel
 
-from mpoe.models import ParameterCount
+from mpoe.models import ParameterCount, mixtures
 from mpoe.report.plain import TITLE, plain
 
 
@@ -25,7 +26,7 @@ def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Paramete
     def row(label: str, attribute: str, style: str = "") -> None:
         table.add_row(label, *(_millions(getattr(count, attribute)) for count in counts.values()), style=style)
 
-    row("no MPO, expert or router", "other")
+    row("the rest of the model", "other")
     row("central tensors (shared)", "central")
     row("auxiliary tensors (all experts)", "auxiliary")
     row("routers", "router")
@@ -36,6 +37,21 @@ def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Paramete
     row("dense model", "dense")
     row("same mixture, whole experts", "whole_experts")
     return table
+
+
+def layers_of_stacks(model: PreTrainedModel) -> str:
+    """How many layers of a model are mixtures, in words; where there are two stacks, of which.
+
+    Args:
+        model: A mixture.
+    """
+    names = list(mixtures(model))
+    of_stack = {stack: sum(stack in name.split(".") for name in names) for stack in ("encoder", "decoder")}
+    if not model.config.is_encoder_decoder:
+        return f"{len(names)} feed-forward layers"
+    if not all(of_stack.values()):
+        return f"{len(names)} feed-forward layers ({' and '.join(s for s, n in of_stack.items() if n)} alone)"
+    return f"{len(names)} feed-forward layers ({', '.join(f'{s} {n}' for s, n in of_stack.items())})"
 
 
 def _millions(count: int) -> str:

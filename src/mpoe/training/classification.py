@@ -85,7 +85,8 @@ class Classification:
             logits[split] = _logits(prediction.predictions)
             targets[split] = cast(NDArray[Any], prediction.label_ids)
         on_dev = ["validation", "test"] if self.data.dev_is_split else ["test"]
-        if sum(len(targets[split]) for split in on_dev) == len(self.data.dev):
+        dev = self.data.dev
+        if dev is not None and sum(len(targets[split]) for split in on_dev) == len(dev):
             logits["dev"] = np.concatenate([logits[split] for split in on_dev])
             targets["dev"] = np.concatenate([targets[split] for split in on_dev])
         return {self.task.name: {split: _measure(self.task, logits[split], targets[split]) for split in logits}}

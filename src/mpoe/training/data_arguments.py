@@ -19,8 +19,8 @@ class DataArguments:
         default=None,
         metadata={
             "aliases": ["--task"],
-            "help": "One task or several: cola, sst2, mrpc, qqp, stsb, mnli, ... of mpoe.training.tasks, or YAML files "
-            "that describe tasks of your own.",
+            "help": "One task or several: cola, sst2, mrpc, qqp, stsb, mnli, ... (a wrong name lists all), or "
+            "YAML files that describe tasks of your own.",
         },
     )
     objective: Literal["text-to-text", "causal-lm", "classification"] = field(

@@ -64,9 +64,7 @@ def load_model(
     path = arguments.model_name_or_path
     components = arguments.components_to_load()
     freezing = None if trainable is None else trainable.freezing()
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model_name_or_path must be a folder with a config.json; {path} has none")
-    overrides = {**(options or {}), **_dropout(path, load_config(path), arguments.dropout)}
+    overrides = {**(options or {}), **_dropout(path, config_of_model(path), arguments.dropout)}
     with clear_load_errors(path):
         try:
             model = auto_class.from_pretrained(path, **NO_CODE, **overrides)
@@ -86,6 +84,20 @@ def load_model(
     if freezing is not None:
         freezing.apply(model)
     return model, tokenizer
+
+
+def config_of_model(path: str) -> PreTrainedConfig:
+    """The config of what is to be trained.
+
+    Args:
+        path: As model_name_or_path.
+
+    Raises:
+        ValueError: A folder that holds no model, or a name that no reachable hub has.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model_name_or_path must be a folder with a config.json; {path} has none")
+    return load_config(path)
 
 
 @contextmanager

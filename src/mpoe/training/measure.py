@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from tqdm.auto import tqdm
@@ -16,7 +15,7 @@ from mpoe.training.corpus import TokenizedText, bos_of
 from mpoe.training.data_arguments import DataArguments
 from mpoe.training.objective import Objective
 from mpoe.training.perplexity import block_and_stride, perplexity
-from mpoe.training.tasks import Task, TaskData, get_task, load_task
+from mpoe.training.tasks import Task, TaskData
 from mpoe.training.text_to_text import TextToText
 from mpoe.training.trainer import build_trainer
 
@@ -26,14 +25,16 @@ class TaskYardstick:
     """A task's test rows, for models that write or choose its answers.
 
     Args:
-        name: Of the task.
+        task: What is asked.
+        rows: The task's; in columns for a classifier.
         is_classifier: Whether the model chooses its answers with a head, and does not write them.
-        data_args: Which rows; `tasks` are this one.
+        data_args: How many rows; `tasks` are this one's name.
         batch_size: Rows that go through the model at once.
         seed: Of the rows that are drawn.
     """
 
-    name: str
+    task: Task
+    rows: TaskData
     is_classifier: bool
     data_args: DataArguments
     batch_size: int
@@ -45,7 +46,7 @@ class TaskYardstick:
         with tempfile.TemporaryDirectory() as folder:
             args = self._arguments(folder)
             trainer = build_trainer(model, tokenizer, args, objective.prepare(model, tokenizer, args))
-            return objective.evaluate(trainer)[self.name]["test"]
+            return objective.evaluate(trainer)[self.task.name]["test"]
 
     @torch.no_grad()
     def run_training_rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
@@ -71,17 +72,10 @@ class TaskYardstick:
                 if taken >= tokens:
                     return
 
-    @cached_property
-    def _rows(self) -> tuple[Task, TaskData]:
-        """Read once, whatever number of models is measured."""
-        task = get_task(self.name)
-        return task, load_task(task, self.data_args.data_dir, self.seed, in_columns=self.is_classifier)
-
     def _objective(self) -> Objective:
-        task, rows = self._rows
         if self.is_classifier:
-            return Classification(task, rows, self.data_args)
-        return TextToText({self.name: (task, rows)}, self.data_args)
+            return Classification(self.task, self.rows, self.data_args)
+        return TextToText({self.task.name: (self.task, self.rows)}, self.data_args)
 
     def _arguments(self, folder: str) -> FinetuneTrainingArguments:
         return FinetuneTrainingArguments(

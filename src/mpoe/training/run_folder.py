@@ -21,6 +21,7 @@ RESULTS_FILE = "results.json"
 LOG_FILE = "log.jsonl"
 _UNFINISHED = ".saving"
 _LOCK = ".lock"
+UNSET = "the default"  # run.json holds what was asked for
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class RunFolder:
         earlier = _read_run(path)
         if earlier != arguments:
             different = sorted(k for k in {*earlier, *arguments} if earlier.get(k) != arguments.get(k))
-            changes = ", ".join(f"{k}: {earlier.get(k, '-')} there, {arguments.get(k, '-')} now" for k in different)
+            changes = ", ".join(f"{k}: {earlier.get(k, UNSET)} there, {arguments.get(k, UNSET)} now" for k in different)
             rows = (
                 "; rows_a_step is per_device_train_batch_size times processes times gradient_accumulation_steps"
                 if "rows_a_step" in different

@@ -132,14 +132,14 @@ class TaskData:
         train: To train on.
         validation: To choose by.
         test: To report.
-        dev: The whole development set: what the GLUE tables of other papers report.
-        dev_is_split: Whether validation and test are the halves of dev; otherwise test is dev.
+        dev: The whole development set: what the GLUE tables of other papers report; None if there is none.
+        dev_is_split: Whether validation and test are the halves of dev; otherwise test is dev, or there is none.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
-    dev: datasets.Dataset
+    dev: datasets.Dataset | None
     dev_is_split: bool
 
 
@@ -169,11 +169,12 @@ def load_task(task: Task, data_dir: str | None, seed: int, in_columns: bool = Fa
         train, dev = _from_described_files(task, task.described_in, folder)
     else:
         train, dev = _from_hub(task) if folder is None else _from_folder(task, folder)
-    is_split = task.is_small or dev is None
+    is_split = task.is_small and dev is not None
     if dev is None:
         _require_rows(task, train, 3, "training")
-        dev, train = _split(train, 2 * max(1, len(train) // 10), seed)
-    if is_split:
+        drawn, train = _split(train, 2 * max(1, len(train) // 10), seed)
+        validation, test = _split(drawn, len(drawn) // 2, seed)
+    elif is_split:
         _require_rows(task, dev, 2, "development")
         validation, test = _split(dev, len(dev) // 2, seed)
     else:
@@ -181,8 +182,8 @@ def load_task(task: Task, data_dir: str | None, seed: int, in_columns: bool = Fa
         validation, train = _split(train, max(1, min(VALIDATION_ROWS, len(train) // 10)), seed)
         test = dev
     form = _as_columns if in_columns else _as_text
-    splits = (form(task, rows) for rows in (train, validation, test, dev))
-    return TaskData(*splits, dev_is_split=is_split)
+    whole = None if dev is None else form(task, dev)
+    return TaskData(*(form(task, rows) for rows in (train, validation, test)), dev=whole, dev_is_split=is_split)
 
 
 def limited(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:

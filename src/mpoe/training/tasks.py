@@ -193,7 +193,9 @@ def get_task(name: str) -> Task:
         return _described_task(Path(name))
     if name.lower() not in TASKS:
         known = f"{', '.join(TASKS)}, or a .yaml file that describes one"
-        raise ValueError(f"task must be one of {known}; got {name!r}{did_you_mean(name, TASKS)}")
+        beside = [f"{name}{suffix}" for suffix in (".yaml", ".yml") if Path(f"{name}{suffix}").is_file()]
+        near = f": did you mean {beside[0]}?" if beside else did_you_mean(name, TASKS)
+        raise ValueError(f"task {name!r} is not known{near or ';'} it must be one of {known}")
     return TASKS[name.lower()]
 
 
@@ -233,7 +235,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values that describe a task; got {type(values).__name__}")
     if unknown := [str(key) for key in values if key not in _KEYS]:
-        raise ValueError(f"{path}: keys must be among {', '.join(_KEYS)}; got {', '.join(unknown)}. Correct the key")
+        near = did_you_mean(unknown[0], _KEYS) or "."
+        raise ValueError(
+            f"{path}: keys must be among {', '.join(_KEYS)}; got {', '.join(unknown)}{near} Correct the key"
+        )
     return values
 
 

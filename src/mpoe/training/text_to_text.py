@@ -84,7 +84,7 @@ class TextToText:
             on_test = evaluate(trainer, test, task, tokenizer)
             found[task.name] = {"validation": on_validation.metrics(task), "test": on_test.metrics(task)}
             on_dev = on_validation + on_test if data.dev_is_split else on_test
-            if len(on_dev.targets) == len(data.dev):
+            if data.dev is not None and len(on_dev.targets) == len(data.dev):
                 found[task.name]["dev"] = on_dev.metrics(task)
         return found
 

@@ -136,15 +136,16 @@ def line_chart(
     )
 
 
-def number(value: float) -> str:
-    """A number in a table or at a tick: four digits, without zeros that say nothing.
+def number(value: float, digits: int = 4) -> str:
+    """A number in a table or at a tick, without zeros that say nothing.
 
     Args:
         value: Any.
+        digits: Of it that are shown, count, >= 4; two less where it needs a power of ten.
     """
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.2e}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:.{digits - 2}e}"
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 class _Scale:
@@ -161,7 +162,8 @@ class _Scale:
 
     def ticks(self, count: int) -> list[Tick]:
         values = self._decades(count) if self.is_log else self._round_values(count)
-        return [Tick(round(self(value), 1), number(value)) for value in values]
+        digits = next((n for n in range(4, 12) if len({number(value, n) for value in values}) == len(values)), 12)
+        return [Tick(round(self(value), 1), number(value, digits)) for value in values]
 
     def _round_values(self, count: int) -> list[float]:
         step = max((self.high - self.low) / count, self.smallest_step) or 1.0

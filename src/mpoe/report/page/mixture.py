@@ -58,7 +58,7 @@ class Heat:
         layers: Label and full name.
         experts: Count.
         times: What each stop of the slider is called.
-        shares: Per mille, by stop, layer and expert.
+        shares: In thousandths of a per cent, by stop, layer and expert.
     """
 
     layers: Sequence[tuple[str, str]]
@@ -85,7 +85,7 @@ def heat(run: RunReport) -> Heat | None:
         experts,
         [time for time, _ in stops],
         [
-            [[round(1000 * share) for share in shares.get(name, [0] * experts)] for name in layers]
+            [[round(100_000 * share) for share in shares.get(name, [0] * experts)] for name in layers]
             for _, shares in stops
         ],
     )
