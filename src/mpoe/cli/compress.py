@@ -126,6 +126,8 @@ def run(argv: Sequence[str]) -> None:
     title = f"{args.model} at {args.budget:g} of its parameters; relative error of the {of_what}, root mean square"
     console.print(compression_table(rows, title))
     console.print(most_lost_table(found[args.layout].matrices))
+    if yardstick is None:
+        console.print("What these errors do to answers is not known: --task or --test_file measures it.")
     report = {"budget": args.budget, "rows": [vars(row) for row in rows]}
     write_json(Path(args.output_dir) / REPORT_FILE, report)
     console.print(f"The numbers are in {Path(args.output_dir) / REPORT_FILE}; mpoe finetune goes on with the model.")

@@ -83,8 +83,9 @@ def _spell(actions: Sequence[Action]) -> None:
         action.option_strings = [option for option in action.option_strings if option in spelt.values()]
         if action.metavar is None and action.choices is None and action.nargs != 0:
             action.metavar = _METAVARS.get(action.type, "VALUE")
-        if action.choices is not None and len(list(action.choices)) > MANY:
-            action.metavar = "NAME"
+        if action.choices is not None:
+            named = [str(choice) for choice in action.choices if choice != ""]  # empty is another word for none
+            action.metavar = "NAME" if len(named) > MANY else f"{{{','.join(named)}}}"
         says_default = action.help is not None and action.help != SUPPRESS and "%(default)" not in action.help
         if says_default and action.nargs != 0 and action.default not in (None, SUPPRESS, ""):
             action.help = f"{action.help} (default: %(default)s)"
