@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from mpoe.models import ParameterCount, mixtures
 from mpoe.report.plain import TITLE, plain
@@ -39,11 +39,11 @@ def parameter_table(counts: Mapping[str, ParameterCount], title: str = "Paramete
     return table
 
 
-def layers_of_stacks(model: PreTrainedModel) -> str:
+def layers_of_stacks(model: Any) -> str:
     """How many layers of a model are mixtures, in words; where there are two stacks, of which.
 
     Args:
-        model: A mixture.
+        model: A mixture, of Transformers.
     """
     names = list(mixtures(model))
     of_stack = {stack: sum(stack in name.split(".") for name in names) for stack in ("encoder", "decoder")}
