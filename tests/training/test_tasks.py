@@ -182,7 +182,9 @@ def test_headline_metrics():
 
 def test_task_names_are_found_in_any_case():
     assert get_task("CoLA") is TASKS["cola"]
-    with pytest.raises(ValueError, match=r"one of cola, sst2, mrpc, .*, or a .yaml file that .*; got 'imdb2'"):
+    with pytest.raises(
+        ValueError, match=r"'imdb2' is not known: did you mean imdb\? It must be one of cola, .* or a .yaml"
+    ):
         get_task("imdb2")
 
 

@@ -195,7 +195,7 @@ def get_task(name: str) -> Task:
         known = f"{', '.join(TASKS)}, or a .yaml file that describes one"
         beside = [f"{name}{suffix}" for suffix in (".yaml", ".yml") if Path(f"{name}{suffix}").is_file()]
         near = f": did you mean {beside[0]}?" if beside else did_you_mean(name, TASKS)
-        raise ValueError(f"task {name!r} is not known{near or ';'} it must be one of {known}")
+        raise ValueError(f"task {name!r} is not known{f'{near} It' if near else '; it'} must be one of {known}")
     return TASKS[name.lower()]
 
 
