@@ -167,6 +167,7 @@ def test_a_config_that_makes_no_sense_is_one_line_with_the_folder(change, messag
     ("file", "change"),
     [
         ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": []}}}),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}}),
         ("tokenizer_config.json", {"model_max_length": "many"}),
         ("tokenizer_config.json", {"eos_token": 3}),
     ],

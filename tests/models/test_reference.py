@@ -221,11 +221,18 @@ def test_site_dimensions_that_differ_between_matrices_of_one_name_and_shape_are_
         import_reference(with_other_sites(write(dense, parts=("attention",)), [name]), dense.config)
 
 
-def test_a_router_that_is_one_number_is_refused():
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (".gate.w_gating", r"at least 2 experts, .* got 0 experts"),
+        (".experts.b1", r"a bias must have .*experts\.b1 has shape \(\)"),
+    ],
+)
+def test_a_router_or_bias_that_is_one_number_is_refused(part, message):
     tensors = write(base(), kind="moe")
-    for name in [name for name in tensors if name.endswith(".gate.w_gating")]:
+    for name in [name for name in tensors if name.endswith(part)]:
         tensors[name] = torch.tensor(1.0)
-    with pytest.raises(ValueError, match=r"at least 2 experts, .* got 0 experts"):
+    with pytest.raises(ValueError, match=message):
         import_reference(tensors, base().config)
 
 

@@ -270,7 +270,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         try:
             # the revision is the user's choice
             tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)  # nosec B615
-            tokenizer("a")  # some damage shows only here
+            tokenizer("a \ue000")  # some damage shows only here, some only at what is in no vocabulary
         except BaseException as error:
             # The tokenizers library raises bare Exceptions, and a BaseException of its own where its Rust code panics.
             if type(error) is not Exception and type(error).__name__ != "PanicException":

@@ -232,7 +232,7 @@ def _read_biases(
     for matrix in matrices:
         if matrix.bias is not None:
             bias, size = tensors[matrix.bias], matrix.shape[0]
-            if bias.shape[-1] != size or bias.numel() not in (size, layout.num_experts * size):
+            if not bias.ndim or bias.shape[-1] != size or bias.numel() not in (size, layout.num_experts * size):
                 raise ValueError(
                     f"a bias must have {size} elements, or as many for each of {layout.num_experts} experts; "
                     f"{matrix.bias} has shape {tuple(bias.shape)}"
