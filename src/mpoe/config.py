@@ -6,17 +6,19 @@ import dataclasses
 import math
 import re
 import reprlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-LAYOUTS = ("separable", "balanced")
+LAYOUTS = ("extended", "balanced")
 GAUGES = ("identity", "central", "sqrt")
 COMPONENTS = ("word_embed", "mlp", "attention")
 MOE_TYPES = ("switch", "moe", "none")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
 BIASES = ("base", "none", "shared", "expert")
-AUXILIARY_SIDES = ("both", "narrow")
+ACTIVATIONS = ("gelu", "relu", "silu")
+BALANCING = ("bias", "loss", "none")
 ROUTING = ("token", "sequence", "prefix")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
 ROUTER_GRADIENTS = ("router", "all", "none")
@@ -32,19 +34,30 @@ class MPOEConfig:
 
     Attributes:
         num_experts: Experts per feed-forward layer, count, 1 .. MAX_EXPERTS; 1 is no mixture (see `is_mixture`).
-        moe_type: Router. "switch": the most probable expert; "moe": the two most probable, weighed (GShard); "none": no
-            mixture, every layer is one network.
+        moe_type: Router. "switch": the most probable expert; "moe": the two most probable; "none": no router, every
+            layer is one network (layout "extended": all gates are 1). None is the layout's own: "moe" for "extended",
+            "switch" for the others.
         top_k: Experts per token, count, 1 .. num_experts; None is the type's own, 1 for switch and 2 for moe.
         mpo_layers: Components whose matrices become matrix product operators, of "word_embed", "mlp" and "attention".
             Without "mlp" the experts of a mixture are whole dense matrices: the paper's +Switch and +MoE baselines.
             Without a mixture, plain MPO compression.
-        layout: How each matrix is cut into sites. "separable" (the first site carries only outputs, the last only
-            inputs; nothing is ever multiplied out) or "balanced" (the paper's: every site carries a piece of both).
-        num_sites: Site tensors per matrix, odd; None is the layout's own, 3 for separable and 5 for balanced.
+        layout: How the experts of a matrix W share it. "extended": y = W x + b + s · V (g ⊙ U x); the base's linear
+            layer stays in place and every expert extends the bonds beside W by `expert_rank` dimensions of its own.
+            "balanced" (the paper's): every expert is an MPO of `num_sites` sites, and outputs are mixed.
+        expert_rank: Layout "extended": r, the dimensions that each expert adds to a matrix, count, >= 1.
+        expert_scale: Layout "extended": s = expert_scale · rms(W z) / rms(z) with a Gaussian z, dimensionless, > 0. It
+            makes one learning rate suit V whatever the scale of W.
+        expert_activation: Layout "extended": a non-linearity between U and V, "gelu", "relu" or "silu". With it an
+            expert cannot be merged into W. None is none.
+        frozen_router: Whether the router keeps its random initial weights.
+        balancing: How the load of the experts is balanced. "bias": a bias per expert, used to select the top k and
+            never as a weight, moves against the expert's excess load once per optimizer step. "loss": the auxiliary
+            loss of Switch Transformers and of the paper, weighed by `load_balancing_coef`. "none".
+        balancing_step: What a step of balancing "bias" adds to an expert's bias or takes from it, relative to the mean
+            probability 1 / num_experts, dimensionless, > 0.
+        num_sites: Layout "balanced": site tensors per matrix, odd; None is 5.
         max_auxiliary_bond: Cap on the two full bonds beside the central tensor, count, >= 1; this is the knob for how
             large the auxiliary tensors are, and it loses nothing. None is the size of the paper's shapes.
-        auxiliary_sides: Where a matrix of the separable layout has auxiliary tensors of any size: on "both" sides of
-            the central tensor, or only on the "narrow" side of the matrix, which is faster and has fewer parameters.
         max_bond_dim: Truncation of the feed-forward matrices: keep at most this many singular values on every bond,
             count, >= 1; None is exact.
         word_embed_bond_dim: The same for the word embedding.
@@ -100,7 +113,7 @@ class MPOEConfig:
         second_threshold: A weight, in (0, 1].
         router_jitter: In training a router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter], >= 0.
         router_input_norm: Scale a router's inputs to unit root mean square.
-        load_balancing_coef: Weight of the load-balancing loss, averaged over layers, in the model's loss, >= 0.
+        load_balancing_coef: Weight of the load-balancing loss (balancing "loss"), averaged over layers, >= 0.
         router_z_loss_coef: Weight of the routers' z-loss, averaged over layers, in the model's loss, >= 0.
         tied_head: With "word_embed": whether the language-model head is the embedding's own table. None is as the model
             has it; `upcycle` writes the answer here for those who load the model.
@@ -108,22 +121,25 @@ class MPOEConfig:
             "apply" multiplies nothing out, "rebuild" multiplies the matrices of active experts out every time, "cached"
             keeps them in evaluation. Says nothing about what the model is.
         matrix_cache_gib: Memory for matrices that are kept multiplied out in evaluation, for the whole model, GiB,
-            >= 0. Only matrices that would be multiplied out in every forward are kept: not those of the separable
-            layout, unless `compute` is "cached". As much again may be kept from one micro-batch to the next under
-            gradient accumulation.
+            >= 0. As much again may be kept from one micro-batch to the next under gradient accumulation.
         matrix_save_gib: Memory for matrices that are kept from the forward to the backward pass, for the whole model,
             GiB, >= 0; those that are not are multiplied out again.
         seed: Seed of the routers' initial weights and of the expert noise.
     """
 
     num_experts: int = 8
-    moe_type: str = "switch"
+    moe_type: str | None = None
     top_k: int | None = None
     mpo_layers: tuple[str, ...] = ("mlp",)
-    layout: str = "separable"
+    layout: str = "extended"
+    expert_rank: int = 8
+    expert_scale: float = 1.0
+    expert_activation: str | None = None
+    frozen_router: bool = False
+    balancing: str = "bias"
+    balancing_step: float = 0.01
     num_sites: int | None = None
     max_auxiliary_bond: int | None = None
-    auxiliary_sides: str = "both"
     max_bond_dim: int | None = None
     word_embed_bond_dim: int | None = None
     attention_bond_dim: int | None = None
@@ -169,14 +185,15 @@ class MPOEConfig:
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
         for name, choices in (
-            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", MOE_TYPES), ("expert_bias", BIASES),
+            ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", (*MOE_TYPES, None)), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
-            ("auxiliary_sides", AUXILIARY_SIDES), ("compute", COMPUTE), ("routing", ROUTING),
-            ("router_gradient", ROUTER_GRADIENTS),
+            ("compute", COMPUTE), ("routing", ROUTING), ("router_gradient", ROUTER_GRADIENTS),
+            ("balancing", BALANCING), ("expert_activation", (*ACTIVATIONS, None)),
         ):  # fmt: skip
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
         _require(self.num_experts <= MAX_EXPERTS, "num_experts", f"at most {MAX_EXPERTS:,}", self.num_experts)
+        _require(_is_count(self.expert_rank), "expert_rank", "an integer >= 1", self.expert_rank)
         for name in (
             "top_k", "num_sites", "max_auxiliary_bond", "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim",
         ):  # fmt: skip
@@ -206,13 +223,14 @@ class MPOEConfig:
             self.layers is None or (self.layers and all(_is_index(n) for n in self.layers)),
             "layers", "a list of block indices >= 0", self.layers,
         )  # fmt: skip
-        for name in ("offset_scale", "capacity_factor", "eval_capacity_factor"):
+        for name in ("offset_scale", "expert_scale", "balancing_step", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            optional = name != "offset_scale"
+            optional = name.endswith("capacity_factor")
             _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
             _require(value is None or value <= 1e6, name, "at most 1e6", value)
         # beyond these, float32 has no such scales
-        _require(1e-9 <= self.offset_scale <= 1e6, "offset_scale", "from 1e-9 to 1e6", self.offset_scale)
+        for name in ("offset_scale", "expert_scale", "balancing_step"):
+            _require(1e-9 <= getattr(self, name) <= 1e6, name, "from 1e-9 to 1e6", getattr(self, name))
         for name in (
             "expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib",
             "matrix_save_gib",
@@ -226,7 +244,7 @@ class MPOEConfig:
             "share_central", "True, or False for a mixture of MPOs (mpo_layers with 'mlp')", self.share_central,
         )  # fmt: skip
         _require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
-        for name in ("is_scale_prob", "router_input_norm", "auxiliary_start", "tied_head"):
+        for name in ("is_scale_prob", "router_input_norm", "auxiliary_start", "frozen_router", "tied_head"):
             value, is_optional = getattr(self, name), name == "tied_head"
             must = "True, False or None" if is_optional else "True or False"
             _require(isinstance(value, bool) or (is_optional and value is None), name, must, value)
@@ -244,9 +262,36 @@ class MPOEConfig:
             described is None or (isinstance(described, dict) and all(isinstance(key, str) for key in described)),
             "feed_forward", "None or a description, fields and their values", described,
         )  # fmt: skip
+        self._check_layout()
         dropout, threshold = self.expert_dropout, self.second_threshold
         _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)
         _require(_is_number(threshold) and 0 < threshold <= 1, "second_threshold", "in (0, 1]", threshold)
+
+    def _check_layout(self) -> None:
+        """Refuse options that another layout has and that would change the function; warn about the others."""
+        defaults = {of.name: of.default for of in dataclasses.fields(self)}
+        changed = {name for name, value in vars(self).items() if value != defaults[name]}
+        if self.is_extended:
+            others = [layer for layer in self.mpo_layers if layer != "mlp"]
+            _require(not others, "mpo_layers", "['mlp'] with layout 'extended'; 'balanced' has the others", others)
+            for name in sorted(changed & set(_REFUSED_BY_EXTENDED)):
+                raise ValueError(
+                    f"{name} must be left out with layout 'extended', got {reprlib.repr(getattr(self, name))}; use "
+                    "layout='balanced' for it"
+                )
+            unused = changed & set(_UNUSED_BY_EXTENDED)
+        else:
+            unused = changed & set(_EXTENDED_ALONE)
+        if self.balancing != "loss" and "load_balancing_coef" in changed:
+            unused.add("load_balancing_coef")
+        if self.balancing != "bias" and "balancing_step" in changed:
+            unused.add("balancing_step")
+        if unused:
+            layout = self.layout if "mlp" in self.mpo_layers else "whole experts"
+            warnings.warn(
+                f"{', '.join(sorted(unused))} has no effect with layout {layout!r} and balancing {self.balancing!r}",
+                stacklevel=4,
+            )
 
     @property
     def is_mixture(self) -> bool:
@@ -254,9 +299,15 @@ class MPOEConfig:
         return self.num_experts > 1 and self.moe_type != "none"
 
     @property
+    def is_extended(self) -> bool:
+        """Whether the feed-forward matrices are extended; without "mlp" in `mpo_layers` the layout says nothing."""
+        return self.layout == "extended" and "mlp" in self.mpo_layers
+
+    @property
     def experts_per_token(self) -> int:
         """K, the number of experts that a token is sent to."""
-        return self.top_k or (2 if self.moe_type == "moe" else 1)
+        moe_type = self.moe_type or ("moe" if self.is_extended else "switch")
+        return self.top_k or (2 if moe_type == "moe" else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values, with the `quant_method` that Transformers' loader looks for."""
@@ -271,8 +322,17 @@ class MPOEConfig:
             values: Field names and values; `quant_method` may be there.
 
         Raises:
-            ValueError: A key that is no field.
+            ValueError: A key that is no field, or the layout 'separable' of mpoe 0.1.
         """
+        if "auxiliary_sides" in values:  # written by mpoe 0.1, whose balancing was the loss
+            values = {"balancing": "loss", **values}
+            if values.pop("auxiliary_sides") != "both" or values.get("layout") == "separable":
+                if values.get("mpo_layers"):
+                    raise ValueError(
+                        "layout 'separable' is retired, and this is a mixture in it; mpoe 0.1.0 is the last version "
+                        "that reads it (pip install mpoe==0.1.0)"
+                    )
+                values["layout"] = "balanced"  # whole experts, which have no layout
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known - {"quant_method"})
         if unknown:
@@ -295,6 +355,17 @@ class MPOEConfig:
         """What differs from the defaults; Transformers prints this."""
         defaults = MPOEConfig().to_dict()
         return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
+
+_EXTENDED_ALONE = ("expert_rank", "expert_scale", "expert_activation")
+_REFUSED_BY_EXTENDED = (
+    "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim", "matrices", "share_central", "expert_bias",
+    "capacity_factor", "eval_capacity_factor", "second_policy_train", "second_policy_eval", "second_threshold",
+)  # fmt: skip
+_UNUSED_BY_EXTENDED = (
+    "num_sites", "max_auxiliary_bond", "site_dims", "gauge", "auxiliary_start", "offset_scale", "expert_noise",
+    "router_gradient", "compute", "matrix_cache_gib", "matrix_save_gib",
+)  # fmt: skip
 
 
 def _require(holds: object, name: str, must: str, value: object) -> None:

@@ -99,8 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     add("model", help="folder of a mixture or a finished run; an adapter's folder; a name on a hub")
     add("-o", "--output", required=True, metavar="OUT", help="folder to write, new or empty")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--average", action="store_true", help="dense, the mean of all experts (default)")
-    how.add_argument("--expert", type=int, metavar="N", help="dense, every layer as its expert N has it, from 0")
+    how.add_argument(
+        "--average",
+        action="store_true",
+        help="dense, the mean of all experts (default); layout extended: with the gates' mean over --text_file",
+    )
+    how.add_argument(
+        "--expert", type=int, metavar="N", help="dense, every layer as its expert N has it, from 0; layout balanced"
+    )
     how.add_argument("--routed", action="store_true", help="sparse, experts and routers in Transformers' own format")
     add(
         "--approximate",
@@ -182,8 +188,11 @@ def _exported(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], kind: str,
     args: argparse.Namespace,
 ) -> PreTrainedModel:  # fmt: skip
+    config = mpoe_config(model)
     if not args.routed:
-        return merge(model, args.expert)
+        measured = config is not None and config.is_extended and config.is_mixture
+        batches = _shown(_batches(rows, tokenizer, kind), "Measuring mean gates") if measured else None
+        return merge(model, args.expert, batches)
     batches = _shown(_batches(rows, tokenizer, kind), "Measuring routers' inputs")
     return to_sparse(model, _router_inputs(model, batches), args.approximate)
 
@@ -226,4 +235,6 @@ def _table(found: LogitDifference, title: str, place: str) -> Table:
     table.add_row("mean absolute difference", f"{found.mean:.3g}")
     table.add_row(f"KL divergence, nats a {place}", f"{found.kl:.3g}")
     table.add_row("same most probable choice", f"{found.same_choice:.2%}")
+    if found.losses is not None:
+        table.add_row("loss, nats a token, before and after", "{:.4f}, {:.4f}".format(*found.losses))
     return table

@@ -22,6 +22,7 @@ from mpoe.models.inspect import (
     mpo_experts,
     reset_usage,
     router_statistics,
+    sharing_experts,
     sum_usage,
 )
 from mpoe.models.matrices import set_compute
@@ -67,6 +68,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_compute",
+    "sharing_experts",
     "shuffled_routing",
     "sum_usage",
     "take_router_loss",

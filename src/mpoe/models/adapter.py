@@ -32,9 +32,10 @@ from mpoe.models.adapter_files import (
 )
 from mpoe.models.checkpoint import align
 from mpoe.models.quantized_base import plain_tensors
-from mpoe.models.router_loss import mpoe_config
+from mpoe.models.inspect import sharing_experts
+from mpoe.models.router_loss import mpoe_config, routers
 from mpoe.models.upcycle import upcycle
-from mpoe.nn import FrozenBaseExperts, MPOExperts
+from mpoe.nn import MPOExperts
 
 _ATTRIBUTE = "_mpoe_adapters"
 
@@ -62,11 +63,12 @@ class AdapterSet:
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     """Write the parameters that require a gradient, and what is needed to find their base again.
 
-    `adapter_model.safetensors` holds these parameters, tied ones once, and the scales of the experts' offsets;
-    `adapter_config.json` the mixture's config, the name of the base and a hash of all parameters that stayed behind.
+    `adapter_model.safetensors` holds these parameters, tied ones once, the scales of the experts' offsets, and the
+    biases that balance the experts; `adapter_config.json` the mixture's config, the name of the base and a hash of all parameters that stayed behind.
 
     Args:
-        model: A mixture in the identity gauge without truncation, whose central tensors are frozen.
+        model: A mixture whose central tensors are frozen; in the layout "balanced", in the identity gauge and without
+            truncation.
         folder: Made if it is not there; an adapter in it is replaced.
 
     Returns:
@@ -76,7 +78,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         ValueError: A model without matrix product operators, another gauge or truncation, a central tensor that
             trains, nothing that trains, an active adapter of which a part is frozen, a folder that cannot be written.
     """
-    config, experts = mpoe_config(model), _experts(model)
+    config, experts = mpoe_config(model), sharing_experts(model)
     trained = _trained(model)
     if config is None or not experts:
         raise ValueError(
@@ -90,11 +92,10 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
                 f"weight; {name} has gauge {module.gauge!r} and bonds {module.dims.bond_dims(module.max_bond_dim)}: "
                 "save the whole model with save_pretrained"
             )
-        central = f"{name}.{'central' if isinstance(module, MPOExperts) else 'base.weight'}"
-        if central in trained:
+        if module.central is not None and module.central.requires_grad:
             raise ValueError(
-                f"an adapter leaves the central tensors to the base, so they must be frozen; {central} requires a "
-                "gradient: train with --tensor_learn or after central.requires_grad_(False), or save the whole model "
+                f"an adapter leaves the central tensors to the base, so they must be frozen; that of {name} requires a "
+                "gradient: train with --tensor_learn or freeze the base before mpoe.upcycle, or save the whole model "
                 "with save_pretrained"
             )
     if not trained:
@@ -107,8 +108,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
             f"{_first_of(frozen)} does not: unfreeze it with requires_grad_(True)"
         )
 
-    held = trained | {f"{name}.scales" for name in experts}
-    weights = safetensors.torch.save({n: _copy(t) for n, t in _tensors(model).items() if n in held}, {"format": "pt"})
+    tensors = _tensors(model)
+    held = trained | (tensors.keys() - dict(model.named_parameters()).keys())
+    weights = safetensors.torch.save({n: _copy(t) for n, t in tensors.items() if n in held}, {"format": "pt"})
     values = {
         "format": FORMAT,
         "version": VERSION,
@@ -236,18 +238,16 @@ def _adapters(model: nn.Module) -> AdapterSet:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that an adapter may hold, by name; tied parameters once.
+    """Everything that an adapter may hold, by name: parameters (tied ones once), scales, and the routers' biases.
 
     The scales follow from the base, but the last bits of a mean depend on the machine.
     """
-    scales = {f"{name}.scales": module.scales for name, module in _experts(model).items()}
-    return {**dict(model.named_parameters()), **scales}
-
-
-def _experts(model: nn.Module) -> dict[str, MPOExperts | FrozenBaseExperts]:
-    """The MPOs of a model by name, in its order."""
-    kinds = (MPOExperts, FrozenBaseExperts)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for name, experts in sharing_experts(model).items():
+        found |= {f"{name}.{own}": buffer for own, buffer in experts.named_buffers() if own in ("scale", "scales")}
+    for name, router in routers(model).items():
+        found |= dict(router.named_buffers(prefix=f"{name}.router"))
+    return found
 
 
 def _is_centred_on_base(experts: MPOExperts) -> bool:

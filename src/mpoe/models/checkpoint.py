@@ -34,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpoe.config import MPOEConfig
 from mpoe.files import is_file_name, read_json
 from mpoe.models.families import T5_SIZES
-from mpoe.models.inspect import is_upcycled, mpo_experts
+from mpoe.models.inspect import is_upcycled, sharing_experts
 from mpoe.models.pickles import REASON, find_refused
 from mpoe.models.upcycle import swap_modules, upcycle
 
@@ -174,7 +174,7 @@ def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
             wrong |= dict.fromkeys(info["unexpected_keys"], "has no place in it")
         if not getattr(model, "is_quantized", False):
             tensors = dict(model.named_parameters())
-            for place, experts in mpo_experts(model).items():
+            for place, experts in sharing_experts(model).items():
                 tensors |= dict(experts.named_buffers(prefix=place))
             whole = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()}
             wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}

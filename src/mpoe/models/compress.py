@@ -31,9 +31,8 @@ from mpoe.mpo.truncate import Chain, cut, cuts
 from mpoe.nn import MPOExperts
 
 LAYOUTS: dict[str, Callable[[int, int], SiteDims]] = {
-    "separable": lambda rows, columns: site_dims(rows, columns, layout="separable"),
-    "balanced": lambda rows, columns: site_dims(rows, columns, layout="balanced"),
     "low_rank": low_rank_dims,
+    "balanced": site_dims,
 }
 """Site dimensions that a dense matrix may get; "low_rank" makes its MPO the singular value decomposition."""
 
@@ -90,7 +89,7 @@ def compress(
     model: PreTrainedModel,
     budget: float,
     components: Sequence[str] = ("mlp", "attention"),
-    layouts: Sequence[str] = ("separable",),
+    layouts: Sequence[str] = ("low_rank",),
     expert_budget: float | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Compressed:
@@ -170,7 +169,7 @@ def input_moments(
         By the name of the matrix's layer in the dense model, (in_features, in_features), in float64.
     """
     dense = empty_like(model)
-    config = _config_of(model, dense, components, ("separable",), None)
+    config = _config_of(model, dense, components, ("low_rank",), None)
     moments: dict[str, Tensor] = {}
     table = find_embedding(dense, dense.config.model_type).table if "word_embed" in config.mpo_layers else None
 

@@ -170,7 +170,7 @@ def find_attention(model: nn.Module, model_type: str, config: MPOEConfig) -> lis
         paths = ", ".join(path for row in rows for path in row.paths)
         raise ValueError(f"a {model_type} model must have attention named {paths}; {type(model).__name__} has none")
     for name, _, _ in found:
-        require_linear(model, name)
+        require_linear(model.get_submodule(name), name)
     return _chosen(found, config)
 
 
@@ -204,29 +204,44 @@ def find_embedding(model: nn.Module, model_type: str) -> FoundEmbedding:
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             raise ValueError(f"{name} must be an nn.Embedding without max_norm to become an MPO; it is {embedding}")
     for name in heads:
-        require_linear(model, name)
+        require_linear(model.get_submodule(name), name)
     return FoundEmbedding(tables[0], tuple(users), heads[0] if heads else None)
 
 
-def require_linear(model: nn.Module, name: str) -> nn.Linear | Conv1D:
-    """A linear layer by its name.
+def require_linear(layer: nn.Module, name: str) -> nn.Linear | Conv1D:
+    """Return a layer that is a linear layer in floating point, as an MPO is made of.
 
     Args:
-        model: The model.
-        name: Of the layer.
+        layer: The layer.
+        name: Its full name.
 
     Raises:
-        ValueError: Another module.
+        ValueError: Another module, or quantised weights.
     """
-    layer = model.get_submodule(name)
-    if not isinstance(layer, nn.Linear | Conv1D):
-        raise ValueError(f"{name} must be an nn.Linear or Conv1D to become an MPO; it is a {type(layer).__name__}")
+    if type(layer) not in (nn.Linear, Conv1D):
+        raise ValueError(
+            f"{name} must be an nn.Linear or Conv1D to become an MPO; it is a {type(layer).__module__}."
+            f"{type(layer).__name__}. Merge a LoRA adapter first (merge_and_unload), or use layout='extended'"
+        )
     if is_quantized(layer):
         raise ValueError(
-            f"{name} must be in floating point to become an MPO, and is quantised: only feed-forward matrices become "
-            "experts around a quantised base, mpo_layers ('mlp',)"
+            f"{name} must be in floating point to become an MPO, and is quantised; use layout='extended', or load the "
+            "base in floating point"
         )
-    return layer
+    return layer  # pyright: ignore[reportReturnType]
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """Return the number of outputs and of inputs of a linear layer.
+
+    Args:
+        layer: An `nn.Linear`, Conv1D, a quantised layer, or one that wraps such a layer.
+    """
+    out_features, in_features = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    if isinstance(out_features, int) and isinstance(in_features, int):
+        return out_features, in_features
+    rows, columns = matrix_of(layer).shape
+    return rows, columns
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

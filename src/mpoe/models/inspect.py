@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mpoe.models.router_loss import mixtures, routers
 from mpoe.nn import (
     DenseExperts,
-    FrozenBaseExperts,
+    ExtendedExperts,
     MoEFeedForward,
     MPOEmbedding,
     MPOExperts,
@@ -62,21 +62,21 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     router = sum(p.numel() for r in routers(model).values() for p in r.parameters())
     top_k = {id(e): layer.router.top_k for layer in mixtures(model).values() for e in layer.modules() if layer.router}
     for experts in model.modules():
-        if isinstance(experts, MPOExperts | FrozenBaseExperts):
-            own = sum(p.numel() for p in experts.offsets)
-            matrix = experts.dims.out_features * experts.dims.in_features
-            if isinstance(experts, MPOExperts):
+        if isinstance(experts, MPOExperts | ExtendedExperts):
+            own = sum(p.numel() for p in experts.auxiliary.values())
+            matrix = experts.out_features * experts.in_features
+            shared = matrix
+            if experts.central is None:  # a packed weight has fewer numbers
+                total += matrix - sum(p.numel() for p in experts.base.parameters() if p.ndim > 1)
+            else:
                 shared = experts.central.numel()
-            else:  # the base's weight may be packed
-                shared = matrix
-                total += matrix - sum(p.numel() for p in experts.base.parameters())
             central += shared
             auxiliary += own
-            one_token += shared + own // experts.num_experts * top_k.get(id(experts), 1)
+            one_token += shared + own // experts.num_experts * top_k.get(id(experts), _used(experts))
         elif isinstance(experts, UnsharedMPOExperts):  # its MPOs are counted by themselves, each as a matrix
             unmet = experts.num_experts - top_k.get(id(experts), 1)
             one_token -= unmet * sum(p.numel() for p in experts.mpos[0].parameters())
-            dense -= (experts.num_experts - 1) * experts.dims.out_features * experts.dims.in_features
+            dense -= (experts.num_experts - 1) * experts.out_features * experts.in_features
             continue
         elif isinstance(experts, DenseExperts):
             matrix = experts.weight[0].numel()
@@ -97,6 +97,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         whole_experts=other + whole + router,
         active=other + one_token + router,
     )
+
+
+def _used(experts: MPOExperts | ExtendedExperts) -> int:
+    """How many experts a token meets where there is no router."""
+    return 1 if experts.mixes_outputs else experts.num_experts
 
 
 def expert_shares(model: nn.Module) -> dict[str, list[float]]:
@@ -127,9 +132,19 @@ def mpo_experts(model: nn.Module) -> dict[str, MPOExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MPOExperts)}
 
 
+def sharing_experts(model: nn.Module) -> dict[str, MPOExperts | ExtendedExperts]:
+    """The matrices of a model that have a central tensor and auxiliary tensors, by name, in its order.
+
+    Args:
+        model: Any model; a dense one has none.
+    """
+    kinds = (MPOExperts, ExtendedExperts)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def is_upcycled(model: nn.Module) -> bool:
     """Whether a model has MPOs or experts."""
-    return any(isinstance(module, MPOExperts | DenseExperts | FrozenBaseExperts) for module in model.modules())
+    return any(isinstance(module, MPOExperts | DenseExperts | ExtendedExperts) for module in model.modules())
 
 
 def component_modules(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:

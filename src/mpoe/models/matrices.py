@@ -37,14 +37,7 @@ def empty_mpo(
     alone = (config.matrices or {}).get(name)
     given = own.get(f"{name.rpartition('.')[2]}:{shape}", own.get(shape)) if alone is None else alone["site_dims"]
     dims = (
-        site_dims(
-            out_features,
-            in_features,
-            config.num_sites,
-            config.layout,
-            config.max_auxiliary_bond,
-            config.auxiliary_sides,
-        )
+        site_dims(out_features, in_features, config.num_sites, config.max_auxiliary_bond)
         if given is None
         else SiteDims.of(given, out_features, in_features)
     )
@@ -62,22 +55,20 @@ def empty_mpo(
 def set_compute(model: nn.Module, config: MPOEConfig) -> None:
     """Tell the layers of a model how to compute their products, and what memory they may use for it.
 
-    The cache goes to layers that would multiply their matrices out in every forward, in the model's order, as long as
-    all of a layer's matrices find room. So it never drops what the next batch needs.
+    The cache goes to layers in the model's order, as long as all of a layer's matrices find room. So it never drops
+    what the next batch needs.
 
     Args:
         model: An upcycled model.
         config: Its `compute`, `matrix_cache_gib` and `matrix_save_gib`.
     """
     layers = mpo_experts(model).values()
-    num_rebuilt = sum(not experts.is_separable for experts in layers)
     cache = MatrixCache(int(config.matrix_cache_gib * 2**30))
     left = cache.limit_bytes
     for experts in layers:
         experts.way = None if config.compute == "auto" else config.compute
-        experts.save_bytes = int(config.matrix_save_gib * 2**30) // max(num_rebuilt, 1)
+        experts.save_bytes = int(config.matrix_save_gib * 2**30) // max(len(layers), 1)
         dims = experts.dims
         needed = experts.num_experts * dims.padded_out * dims.padded_in * experts.central.element_size()
-        is_wanted = not experts.is_separable or config.compute == "cached"
-        experts.cache = cache if is_wanted and needed <= left else None
+        experts.cache = cache if needed <= left else None
         left -= needed if experts.cache is not None else 0

@@ -1,4 +1,4 @@
-"""Quantised bases: which layers are quantised, experts around them, and the marks that Transformers keeps on the model.
+"""Quantised bases: which layers are quantised, and the marks that Transformers keeps on the model.
 
 A quantised weight is either a tensor subclass around plain tensors (torchao) or whole numbers that only its module can
 read (bitsandbytes).
@@ -7,6 +7,7 @@ read (bitsandbytes).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from mpoe.config import MPOEConfig
-from mpoe.files import brief
-from mpoe.models.matrices import empty_mpo
-from mpoe.nn import FrozenBaseExperts
-from mpoe.nn.frozen_base import FrozenLinear
+from mpoe.nn.frozen_linear import FrozenLinear
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -28,47 +26,6 @@ def is_quantized(layer: nn.Module) -> bool:
         layer: Any with a weight.
     """
     return _is_quantized(layer.get_parameter("weight"))
-
-
-def frozen_base_experts(
-    base: nn.Module, config: MPOEConfig, name: str, num_experts: int = 1, bias: str = "none"
-) -> FrozenBaseExperts:
-    """Experts around a linear layer of the base, which stays where it is in memory.
-
-    Args:
-        base: The layer, quantised or not.
-        config: Layout, gauge, site dimensions and scale of the offsets.
-        name: Of the layer in its module, "wo" or "mlp.up_proj".
-        num_experts: E, count.
-        bias: See `FrozenBaseExperts`.
-
-    Raises:
-        ValueError: A layout, gauge, truncation or site dimensions whose central tensor is not the layer's own matrix,
-            or whole experts.
-    """
-    if (
-        config.layout != "separable"
-        or config.gauge != "identity"
-        or config.max_bond_dim is not None
-        or config.matrices
-        or not config.auxiliary_start
-    ):
-        raise ValueError(
-            "a quantised base needs layout 'separable', gauge 'identity', max_bond_dim and matrices None, and "
-            f"auxiliary_start, so that the central tensor is its own weight; got {config.layout!r}, {config.gauge!r}, "
-            f"{config.max_bond_dim}, {brief(config.matrices)} and {config.auxiliary_start} for {name}"
-        )
-    if "mlp" not in config.mpo_layers:
-        raise ValueError(
-            f"experts around the quantised {name} are MPOs, so mpo_layers must have 'mlp'; got {config.mpo_layers}: "
-            "load the base in floating point for whole experts"
-        )
-    with torch.device("meta"):
-        dims = empty_mpo(base.out_features, base.in_features, config, "mlp", name.rpartition(".")[2]).dims  # pyright: ignore[reportArgumentType]
-    try:
-        return FrozenBaseExperts(base, dims, num_experts, config.offset_scale, bias)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def take_over_quantizer(model: PreTrainedModel) -> None:
@@ -87,10 +44,24 @@ def take_over_quantizer(model: PreTrainedModel) -> None:
     if not any(_is_quantized(parameter) for parameter in model.parameters()):
         quantizer.remove_quantization_config(model)
         return
-    model.hf_quantizer = _FrozenBaseQuantizer(quantizer)  # pyright: ignore[reportArgumentType]
+    model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportAttributeAccessIssue]
+        quantizer.quantization_config, "a mixture on a quantised base", quantizer
+    )  # pyright: ignore[reportArgumentType]
     for module in model.modules():
         if type(module) is nn.Linear and is_traceable_wrapper_subclass(module.weight):
             module.__class__ = FrozenLinear
+
+
+def refuse_saving_with_lora(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` fail on a model that carries a LoRA adapter: it would write the adapter and nothing else.
+
+    Args:
+        model: Just upcycled; one without an adapter stays as it is.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportAttributeAccessIssue]
+            MPOEConfig(), "a mixture on a base with a LoRA adapter"
+        )
 
 
 def memory_bytes(model: nn.Module) -> int:
@@ -116,18 +87,19 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-class _FrozenBaseQuantizer(HfQuantizer):
-    """In the place of the quantiser that loaded the base, whose answers are about a model without adapters."""
+class _SavedAsAdapter(HfQuantizer):
+    """In the place of the quantiser that loaded the base, whose answers are about a model without experts."""
 
-    def __init__(self, loader: HfQuantizer) -> None:
-        super().__init__(loader.quantization_config)
+    def __init__(self, config: Any, what: str, loader: HfQuantizer | None = None) -> None:
+        super().__init__(config)
+        self.what = what
         self.loader = loader
 
     def is_serializable(self) -> None:
         """Asked by `save_pretrained`, before it writes anything."""
         raise ValueError(
-            "a mixture on a quantised base is saved as an adapter, without the base: use mpoe.save_adapter(model, "
-            "folder) instead of save_pretrained (for the Trainer, save_strategy='no')"
+            f"{self.what} is saved as an adapter, without the base: use mpoe.save_adapter(model, folder) instead of "
+            "save_pretrained (for the Trainer, save_strategy='no')"
         )
 
     @property
@@ -143,7 +115,7 @@ class _FrozenBaseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """As the base is."""
-        return self.loader.is_compileable
+        return self.loader is None or self.loader.is_compileable
 
 
 def _is_quantized(weight: Tensor) -> bool:

@@ -89,8 +89,8 @@ def measured_inputs(model: nn.Module) -> Iterator[dict[str, RouterInputs]]:
     """
     found = {name: RouterInputs() for name in routers(model)}
 
-    def measure(inputs: RouterInputs, router: nn.Module, args: tuple[Tensor, Tensor | None]) -> None:
-        x, mask = args
+    def measure(inputs: RouterInputs, router: nn.Module, args: tuple[Any, ...]) -> None:
+        x, mask, *_ = args
         x = (x if mask is None else x[mask]).float()
         rms = (x.square().mean(dim=-1) + torch.finfo(torch.float32).eps).sqrt().double()
         inputs.tokens += len(x)
@@ -123,6 +123,8 @@ def differences(model: PreTrainedModel) -> list[str]:
     reasons = []
     if router.eval_capacity_factor is not None:
         reasons.append("its experts drop what exceeds eval_capacity_factor, and there nothing is dropped")
+    if any(r.balancing is not None and bool(r.balancing.steps.any()) for r in found.values()):
+        reasons.append("its experts are selected with a bias that balances them, and those there are not")
     if router.input_norm and has_weights:
         reasons.append("its routers divide a token by its size before they weigh its experts, and those there do not")
     if has_bias and not _is_switch(format_name):
@@ -198,6 +200,11 @@ def _format_of(model: PreTrainedModel) -> str:
     found = routers(model)
     if config is None or not found:
         raise ValueError(f"only a mixture can be exported with its routers; this model has none: {_OTHERWISE}")
+    if config.is_extended:
+        raise ValueError(
+            "Transformers has no format with routers for layout 'extended', whose gates are inside the matrices; export "
+            "the merged dense model instead (mpoe export without --routed), or keep the mixture"
+        )
     router, switch = next(iter(found.values())), _is_switch(name)
     problem = None
     if name is None or (switch and model.config.is_gated_act):

@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mpoe.config import MPOEConfig
 from mpoe.nn import MoEFeedForward, TopKRouter
+from mpoe.nn.balancing import is_recomputed
+
+IGNORED = -100  # label of what is no target, as everywhere in Transformers
 
 
 def mixtures(model: nn.Module) -> dict[str, MoEFeedForward]:
@@ -52,7 +56,7 @@ def take_router_loss(model: nn.Module) -> Tensor | None:
             balance_loss = output.load_balancing_loss
             if layer.usage is not None:
                 layer.usage.add_balance_loss(balance_loss.detach())
-            loss = config.load_balancing_coef * balance_loss
+            loss = (config.load_balancing_coef if config.balancing == "loss" else 0.0) * balance_loss
             if config.router_z_loss_coef:
                 loss = loss + config.router_z_loss_coef * output.z_loss
             if torch.is_grad_enabled() and layer.router.weight.requires_grad and not loss.requires_grad:
@@ -74,13 +78,44 @@ def mpoe_config(model: nn.Module) -> MPOEConfig | None:
 
 
 def add_router_loss_hook(model: nn.Module) -> None:
-    """Add the routers' losses to `output.loss` of every training forward that has one."""
-    model.register_forward_hook(_add_router_loss)
+    """Add the routers' losses to the loss of every training forward that has one, `return_dict=False` too."""
+    model.register_forward_hook(_add_router_loss, with_kwargs=True)
 
 
-def _add_router_loss(module: nn.Module, args: Any, output: Any) -> None:
-    loss = getattr(output, "loss", None)
-    if module.training and loss is not None:
-        router_loss = take_router_loss(module)
-        if router_loss is not None:
-            output.loss = loss + router_loss.to(loss.device, loss.dtype)
+def _add_router_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    is_tuple = isinstance(output, tuple) and kwargs.get("labels") is not None
+    loss = output[0] if is_tuple else getattr(output, "loss", None)
+    if not module.training or loss is None or is_recomputed():
+        return None
+    router_loss = take_router_loss(module)
+    if router_loss is None:
+        return None
+    loss = loss + (router_loss * _share_of_step(module, kwargs)).to(loss.device, loss.dtype)
+    if is_tuple:
+        return (loss, *output[1:])
+    output.loss = loss
+    return None
+
+
+def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
+    """The share of a micro-batch in its optimizer step, by targets as the Trainer counts them.
+
+    Where a loop passes `num_items_in_batch`, the targets of the whole step, a model divides its loss by that number and
+    the loop does not divide by the number of micro-batches. A loss that is a mean of the micro-batch has to be weighed
+    in the same way, or it counts once for every micro-batch.
+    """
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs.get("labels")
+        if labels is not None and shifts_labels(model):
+            labels = labels[..., 1:]
+    if num_items is None or labels is None:
+        return 1.0
+    return (labels != IGNORED).sum() / torch.as_tensor(num_items, device=labels.device)
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a model's loss compares each logit with the next label; the Trainer counts the labels after the first."""
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not getattr(
+        model.config, "is_encoder_decoder", False
+    )

@@ -14,27 +14,42 @@ from mpoe.models.components import check_embedding, replace_embedding, replace_l
 from mpoe.models.find import (
     FoundEmbedding,
     FoundFeedForward,
+    features_of,
     find_attention,
     find_embedding,
     find_feed_forwards,
     find_matrices,
     matrix_of,
+    require_linear,
 )
 from mpoe.models.inspect import is_upcycled
 from mpoe.models.matrices import empty_mpo, set_compute
 from mpoe.models.padding import add_padding_hooks
-from mpoe.models.quantized_base import frozen_base_experts, is_quantized, take_over_quantizer
+from mpoe.models.quantized_base import refuse_saving_with_lora, take_over_quantizer
 from mpoe.models.router_loss import add_router_loss_hook
-from mpoe.nn import DenseExperts, Experts, FrozenBaseExperts, MoEFeedForward, TopKRouter, UnsharedMPOExperts
+from mpoe.nn import (
+    BiasBalancing,
+    DenseExperts,
+    Experts,
+    ExtendedExperts,
+    MoEFeedForward,
+    TopKRouter,
+    UnsharedMPOExperts,
+)
+
+
+_ALWAYS_FLOAT32 = ("router", "offsets_U", "offsets_V", "scale")
 
 
 def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrainedModel:
     """Turn the feed-forward networks of a dense model into mixtures of experts, in place.
 
-    Right after it the model computes what it computed before (without truncation, noise and dropped tokens, and with
-    `is_scale_prob=False`), because every expert starts as the pre-trained layer. The matrices of the attention and the
-    word embedding, if `mpo_layers` names them, become MPOs without experts; so do all of `mpo_layers` with a config
-    without a mixture (`num_experts=1` or `moe_type="none"`).
+    Right after it the model computes what it computed before (without truncation, noise and dropped tokens; where
+    outputs are mixed, with `is_scale_prob=False`), because every expert starts as the pre-trained layer. In the layout
+    "extended" the base's linear layers stay in place, quantised ones and those with a LoRA adapter too, and keep
+    training or stay frozen as they were; the experts and routers train. In the layout "balanced" the matrices of the
+    attention and the word embedding, if `mpo_layers` names them, become MPOs without experts; so do all of
+    `mpo_layers` with a config without a mixture (`num_experts=1` or `moe_type="none"`).
 
     Args:
         model: Any model of a family in `mpoe.models.families`, or one that `config.feed_forward` describes; on any
@@ -58,12 +73,15 @@ def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrai
         config = with_tied_head(model, found.embedding, config)
         check_embedding(model, found.embedding, config)
     generator = torch.Generator().manual_seed(config.seed)
+    mixtures = []
     for feed_forward in logging.tqdm(found.feed_forwards, desc="Upcycling", delay=2):  # silent where it takes no time
-        mixture = _mixture_like(feed_forward, config)
-        _load(mixture, feed_forward, generator, config.expert_noise)
+        mixtures.append(_mixture_like(feed_forward, config))
+        _load(mixtures[-1], feed_forward, generator, config)
+    for feed_forward, mixture in zip(found.feed_forwards, mixtures, strict=True):  # only once nothing can fail any more
         _put(model, feed_forward, mixture)
     _replace_others(model, found, config, load=True)
     take_over_quantizer(model)
+    refuse_saving_with_lora(model)
     _mark(model, config)
     return model
 
@@ -83,6 +101,9 @@ def swap_modules(model: PreTrainedModel, config: MPOEConfig) -> None:
         kept = set(model._keep_in_fp32_modules or ())
         if feed_forward.names.down in kept:  # T5 overflows in float16 there
             model._keep_in_fp32_modules = {*kept, f"{feed_forward.place}.down"}
+    if found.feed_forwards:  # whatever dtype the rest is loaded in
+        strict = set(model._keep_in_fp32_modules_strict or ())
+        model._keep_in_fp32_modules_strict = {*strict, *_ALWAYS_FLOAT32}
     _replace_others(model, found, config, load=False)
     _mark(model, config)
 
@@ -143,26 +164,25 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
 
     def experts(name: str) -> Experts:
         linear = feed_forward.linear(name)
-        weight, has_bias = matrix_of(linear), getattr(linear, "bias", None) is not None
-        if is_quantized(linear):
-            if not config.share_central:
-                raise ValueError("share_central must be True on a quantised base, which is the shared tensor")
-            num_experts = config.num_experts if config.is_mixture else 1
-            return frozen_base_experts(linear, config, name, num_experts, _bias_kind(config, has_bias, name))
+        out_features, in_features = features_of(linear)
+        if config.is_extended:
+            return ExtendedExperts(
+                linear, out_features, in_features, config.num_experts, config.expert_rank, config.expert_scale,
+                config.expert_activation,
+            )  # fmt: skip
+        weight = matrix_of(require_linear(linear, f"{feed_forward.name}.{name}"))
         with torch.device(weight.device):
-            full, kind = f"{feed_forward.name}.{name}", _bias_kind(config, has_bias, name)
-            empty = _empty_experts(weight.shape[0], weight.shape[1], config, full, kind)
-        empty.requires_grad_(weight.requires_grad)
+            full, has_bias = f"{feed_forward.name}.{name}", getattr(linear, "bias", None) is not None
+            empty = _empty_experts(out_features, in_features, config, full, _bias_kind(config, has_bias, name))
+        if empty.central is not None:  # what is the base's trains if the base does, and what is new always
+            empty.central.requires_grad_(weight.requires_grad)
         return empty.to(weight.dtype)
 
-    up, weight = experts(names.up), matrix_of(feed_forward.linear(names.up))
-    width = weight.shape[1]
-    if isinstance(up, FrozenBaseExperts):  # whose weight may be packed
-        width, weight = up.dims.in_features, up.offsets[0]
+    up = experts(names.up)
     router = None
     if config.is_mixture:
-        with torch.device(weight.device):
-            router = _empty_router(width, config).to(weight.dtype)
+        with torch.device(next(up.parameters()).device):
+            router = _empty_router(up.in_features, config)
     mixture = MoEFeedForward(
         router,
         up,
@@ -173,6 +193,7 @@ def _mixture_like(feed_forward: FoundFeedForward, config: MPOEConfig) -> MoEFeed
         feed_forward.dropout(names.output_dropout),
         names.is_fused,
         config.routing,
+        config.balancing == "loss" or config.router_z_loss_coef > 0,
     )
     return mixture.train(feed_forward.module.training)
 
@@ -198,11 +219,14 @@ def _empty_experts(out_features: int, in_features: int, config: MPOEConfig, name
 
 
 def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
-    return TopKRouter(
+    balancing = None
+    if config.balancing == "bias":
+        balancing = BiasBalancing(config.num_experts, hidden_size, config.balancing_step)
+    router = TopKRouter(
         hidden_size,
         config.num_experts,
         config.experts_per_token,
-        config.is_scale_prob,
+        config.is_scale_prob or config.is_extended,
         config.router_gradient,
         config.capacity_factor,
         config.eval_capacity_factor,
@@ -211,18 +235,26 @@ def _empty_router(hidden_size: int, config: MPOEConfig) -> TopKRouter:
         config.second_threshold,
         config.router_jitter,
         config.router_input_norm,
+        has_bias=not config.is_extended,
+        balancing=balancing,
     )
+    return router.requires_grad_(not config.frozen_router)
 
 
-def _load(mixture: MoEFeedForward, feed_forward: FoundFeedForward, generator: torch.Generator, noise: float) -> None:
+def _load(
+    mixture: MoEFeedForward, feed_forward: FoundFeedForward, generator: torch.Generator, config: MPOEConfig
+) -> None:
     names = feed_forward.names
     for experts, name in ((mixture.up, names.up), (mixture.gate, names.gate), (mixture.down, names.down)):
-        if experts is not None and name is not None:
-            if not isinstance(experts, FrozenBaseExperts):  # they are around the matrix already
-                linear = feed_forward.linear(name)
-                experts.load_matrix(matrix_of(linear), getattr(linear, "bias", None))
-            if noise:
-                experts.add_noise(noise, generator)
+        if experts is None or name is None:
+            continue
+        if isinstance(experts, ExtendedExperts):
+            experts.initialize(generator)
+            continue
+        linear = feed_forward.linear(name)
+        experts.load_matrix(matrix_of(linear), getattr(linear, "bias", None))
+        if config.expert_noise:
+            experts.add_noise(config.expert_noise, generator)
     if mixture.router is not None:
         mixture.router.initialize(generator)
 

@@ -23,7 +23,6 @@ from mpoe.mpo.machine import CPU, Count, Machine, Product
 from mpoe.mpo.sites import Caps, SiteDims
 
 WAYS = ("apply", "rebuild", "cached")
-PANEL_ROWS = 1024  # tokens that go through the separable layout together, see mpoe.nn.panels
 VERY_FEW_ROWS = 8  # of a CPU's product; below, every core reads its part of the matrix, see mpoe.nn.grouped.linear
 
 
@@ -279,8 +278,6 @@ class _Layer:
 
     def apply(self) -> Cost:
         """Nothing multiplied out."""
-        if self.dims.is_separable and self.dims.num_sites == 3:
-            return self._apply_separable()
         machine, size = self.machine, self.dtype_bytes
         rows = round(self.rows)
         steps = products(self.dims, self.bonds, rows, apply_order(self.dims, self.bonds, rows, machine))
@@ -289,23 +286,6 @@ class _Layer:
         kept = self.active * sum(results) if self.needs_grad else max(results, default=0)
         calls = self.active * passes * (2 * len(steps) + 3 * len(self.dims.auxiliary) + 10)
         return self._cost([(self.active * passes, step) for step in steps], memory=size * kept, calls=calls)
-
-    def _apply_separable(self) -> Cost:
-        """As `mpoe.nn.separable` does it."""
-        p, a, o, i, b, q = self._environments()
-        N, n, A = self.tokens, self.rows, self.active
-        right = [] if b * q == 1 else [(A, Product(n * i, q, b))]
-        left = [] if p * a == 1 else [(A, Product(p, a, n * o))]
-        panels = max(1.0, N / PANEL_ROWS)
-        central = [(panels, Product(a * o, i * b, N / panels, is_in_parts=N < VERY_FEW_ROWS))]
-        steps = right + central + left
-        ends = A * (bool(right) + bool(left))
-        calls = 35 + 1.5 * ends
-        if self.needs_grad:
-            steps, calls = steps * 3 + right, 29 + 4 * ends
-        kept = N * a * o if self.needs_grad else min(N, PANEL_ROWS) * (a * o + i * b)
-        turned = [(A, n * p * o)] * (2 if self.needs_grad else 1) if left else []
-        return self._cost(steps, reordered=turned, memory=self.dtype_bytes * kept, calls=calls)
 
     def _environments(self) -> tuple[int, int, int, int, int, int]:
         dims, c = self.dims, self.dims.central

@@ -95,13 +95,6 @@ class SiteDims:
         """Columns with padding, count."""
         return math.prod(self.in_dims)
 
-    @property
-    def is_separable(self) -> bool:
-        """Whether the sites before the central one carry only outputs and those after it only inputs."""
-        return all(i == 1 for i in self.in_dims[: self.central]) and all(
-            o == 1 for o in self.out_dims[self.central + 1 :]
-        )
-
     def bond_dims(self, max_bond_dim: Caps = None) -> tuple[int, ...]:
         """The bonds d_0 .. d_m, d_0 = d_m = 1.
 
@@ -147,30 +140,23 @@ def site_dims(
     out_features: int,
     in_features: int,
     num_sites: int | None = None,
-    layout: str = "balanced",
     max_auxiliary_bond: int | None = None,
-    auxiliary_sides: str = "both",
 ) -> SiteDims:
-    """Site dimensions for a matrix of any size.
+    """Site dimensions for a matrix of any size; every site carries a piece of both sides, as in the paper.
 
     Args:
         out_features: Rows, count, >= 1.
         in_features: Columns, count, >= 1.
-        num_sites: Sites, odd, >= 1; None is 5 for "balanced" and 3 for "separable" (which knows no other number).
-        layout: "balanced": every site carries a piece of both sides, as in the paper. "separable": the first site
-            carries only output dimensions, the last only input dimensions.
+        num_sites: Sites, odd, >= 1; None is 5.
         max_auxiliary_bond: Cap on the full bonds on both sides of the central tensor, count, >= 1: how large the
-            auxiliary tensors may be (an end of the separable layout has the square of its bond). None is the size of
-            the paper's shapes.
-        auxiliary_sides: "both", or of the separable layout "narrow": only the narrow side of the matrix is cut, the
-            end on its wide side has one dimension.
+            auxiliary tensors may be. None is the size of the paper's shapes.
 
     Returns:
         SiteDims. Sizes without useful divisors (primes) are padded by at most 1/16; sites that would be left with
         one dimension are dropped; `note` says which was done.
 
     Raises:
-        ValueError: A size, number of sites, layout or bond that makes no sense.
+        ValueError: A size, number of sites or bond that makes no sense.
     """
     for name, value in (("out_features", out_features), ("in_features", in_features)):
         if value < 1:
@@ -179,16 +165,6 @@ def site_dims(
             raise ValueError(f"{name} must be at most {MAX_SIZE}; got {value}")
     if max_auxiliary_bond is not None and max_auxiliary_bond < 1:
         raise ValueError(f"max_auxiliary_bond must be >= 1; got {max_auxiliary_bond}")
-    if auxiliary_sides not in ("both", "narrow") or (auxiliary_sides == "narrow" and layout != "separable"):
-        raise ValueError(
-            f"auxiliary_sides must be 'both', or 'narrow' if layout is 'separable'; got {auxiliary_sides!r}, {layout!r}"
-        )
-    if layout == "separable":
-        if num_sites not in (None, 3):
-            raise ValueError(f"the separable layout has 3 sites; got num_sites = {num_sites}; leave it out or say 3")
-        return _separable(out_features, in_features, max_auxiliary_bond, auxiliary_sides == "narrow")
-    if layout != "balanced":
-        raise ValueError(f"layout must be 'balanced' or 'separable'; got {layout!r}")
     num_sites = 5 if num_sites is None else num_sites
     if num_sites < 1 or num_sites % 2 == 0:
         raise ValueError(f"num_sites must be odd and >= 1; got {num_sites}")
@@ -208,45 +184,6 @@ def low_rank_dims(out_features: int, in_features: int) -> SiteDims:
     if out_features < in_features:
         return SiteDims((out_features, 1, 1), (1, in_features, 1), out_features, in_features)
     return SiteDims((1, out_features, 1), (1, 1, in_features), out_features, in_features)
-
-
-def _separable(out_features: int, in_features: int, max_bond: int | None, narrow_only: bool) -> SiteDims:
-    # A quarter of the narrow side at the end on the wide side, and half of it at the narrow end: 192 and 384 for
-    # T5-base, the bonds of the paper's shape, and 1.375 times the dense FLOPs. An end larger than the rest of the chain
-    # would be wider than the full bond.
-    narrow = min(out_features, in_features)
-    limit = min(max_bond or narrow, math.isqrt(out_features * in_features))
-    target_out = narrow // (2 if out_features < in_features else 4)
-    target_in = narrow // (2 if in_features < out_features else 4)
-    if narrow_only:
-        target_out, target_in = (target_out, 1) if out_features < in_features else (1, target_in)
-    out_end, out_inner = _cut(out_features, min(limit, target_out or 1))
-    in_end, in_inner = _cut(in_features, min(limit, target_in or 1))
-    notes = [_padding_note(out_features, out_end * out_inner, in_features, in_end * in_inner)]
-    wanted = (("output", out_end, target_out), ("input", in_end, target_in))
-    bare = [side for side, end, target in wanted if end == 1 and not (narrow_only and target == 1)]
-    if bare:
-        notes.append(f"the {' and '.join(bare)} end has one dimension: the size is too small or has no useful divisor")
-    dims = (out_end, out_inner, 1), (1, in_inner, in_end)
-    return SiteDims(*dims, out_features, in_features, note="; ".join(filter(None, notes)))
-
-
-def _cut(size: int, target: int) -> tuple[int, int]:
-    """(end, inner) with end * inner >= size: the least padding whose end is in [target / 2, target]."""
-    for padded in range(size, size + int(size * MAX_PADDING) + 1):
-        if end := _divisor(padded, max(1, (target + 1) // 2), target):
-            return end, padded // end
-    return 1, size
-
-
-def _divisor(size: int, low: int, high: int) -> int | None:
-    """The largest divisor in [low, high]."""
-    if high - low <= math.isqrt(size):
-        return next((end for end in range(high, low - 1, -1) if size % end == 0), None)
-    divisors = {1}
-    for prime in _primes(size):
-        divisors |= {prime * divisor for divisor in divisors}
-    return max((end for end in divisors if low <= end <= high), default=None)
 
 
 def _balanced(out_features: int, in_features: int, num_sites: int, max_bond: int | None) -> SiteDims:

@@ -51,10 +51,15 @@ class Dispatch:
         # what grouped products take, and a copy: the router's own may become the sum that `RouterUsage` adds to
         return cls(torch.argsort(index.flatten(), stable=True), counts.to(torch.int32), top_k, route.kept)
 
+    @property
+    def token_index(self) -> Int[Tensor, " N"]:
+        """The token of every row."""
+        return self.order if self.top_k == 1 else self.order // self.top_k
+
     def dispatch(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "N D"]:
         """Tokens in the experts' order, once for each expert that they go to."""
         if not torch.is_grad_enabled():
-            return _rows(x, self.order, self.top_k)
+            return x.index_select(0, self.token_index)
         return _Rows.apply(x, self.order, self.top_k)  # pyright: ignore[reportReturnType]
 
     def combine(self, y: Float[Tensor, "N D"], weight: Float[Tensor, "T K"]) -> Float[Tensor, "T D"]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,6 @@ from mpoe.nn.autocast import compute_dtype, without_autocast
 from mpoe.nn.grouped import Counts, active, blockwise, linear, linear_per_expert, rows_of_experts
 from mpoe.nn.matrix_cache import MatrixCache
 from mpoe.nn.rebuild import multiply_out, rebuilt_linear
-from mpoe.nn.separable import End, separable_product
 
 
 class MPOExperts(nn.Module):
@@ -55,6 +55,8 @@ class MPOExperts(nn.Module):
     Source: MPOE (Gao et al., COLING 2022), §3.1.
     """
 
+    mixes_outputs = True
+
     def __init__(
         self,
         dims: SiteDims,
@@ -86,15 +88,24 @@ class MPOExperts(nn.Module):
         self._unit_starts = tuple(
             has_start and gauge == "identity" and _is_square(shapes[k], k < dims.central) for k in dims.auxiliary
         )
-        self._is_number = tuple(math.prod(shapes[k]) == 1 for k in dims.auxiliary)
         for k, is_unit in zip(dims.auxiliary, self._unit_starts, strict=True):
             if has_start and not is_unit:
                 self.register_buffer(f"start_{k}", torch.empty(shapes[k]))
 
     @property
-    def is_separable(self) -> bool:
-        """Whether the separable layout's product computes it."""
-        return self.dims.is_separable and self.dims.num_sites == 3
+    def auxiliary(self) -> dict[int, nn.Parameter]:
+        """The experts' own tensors, by site."""
+        return dict(zip(self.dims.auxiliary, self.offsets, strict=True))  # pyright: ignore[reportReturnType]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrices, count."""
+        return self.dims.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the matrices, count."""
+        return self.dims.in_features
 
     @torch.no_grad()
     def load_matrix(
@@ -158,7 +169,7 @@ class MPOExperts(nn.Module):
             counts: Tokens of every expert; they sum to T.
             way: How to compute it, of `mpoe.mpo.WAYS`; None is the layer's own `way`, or what the planner finds
                 cheapest. With gradients "cached" is left to the planner too. Where the host does not know the counts,
-                there is one way for each layout.
+                all matrices are materialized.
         """
         dtype = compute_dtype(self.central)
         with without_autocast(x.device):
@@ -166,8 +177,6 @@ class MPOExperts(nn.Module):
 
     def _products(self, x: Tensor, counts: Counts, way: str | None) -> Tensor:
         if isinstance(counts, Tensor):
-            if self.is_separable:
-                return self._apply_separable(x, counts)
             return linear_per_expert(x, counts, self.expert_matrices().to(x.dtype))
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         way = self._choose(x, counts, None if way == "cached" and needs_grad else way, needs_grad)
@@ -176,15 +185,11 @@ class MPOExperts(nn.Module):
         if way == "cached":
             matrices = {e: self.matrix(e, x.dtype) for e in active(counts)}
             return blockwise(x, counts, lambda rows, e: linear(rows, matrices[e]))
-        if self.is_separable:
-            return self._apply_separable(x, counts)
         return self._apply_in_turn(x, counts)
 
     def _choose(self, x: Tensor, counts: Sequence[int], way: str | None, needs_grad: bool) -> str:
         if way is not None:
             return way
-        if self.is_separable and needs_grad:
-            return "apply"  # multiplying out, with its backward, never pays
         if needs_grad and self.accumulation is not None and self.accumulation.is_active:
             return "rebuild"
         return plan(
@@ -213,12 +218,6 @@ class MPOExperts(nn.Module):
         sites.insert(self.dims.central, (central,) * len(experts))
         operators = {e: MPO(tuple(site[n] for site in sites), self.dims) for n, e in enumerate(experts)}
         return blockwise(x, counts, lambda rows, e: operators[e].apply(rows))
-
-    def _apply_separable(self, x: Tensor, counts: Counts) -> Tensor:
-        if padding := self.dims.padded_in - self.dims.in_features:  # even a padding of nothing makes a copy
-            x = nn.functional.pad(x, (0, padding))
-        y = separable_product(x, counts, self.central.to(x.dtype), *self._ends(x.dtype))
-        return y[:, : self.dims.out_features]
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Float[Tensor, "out_features in_features"]:
         """W_e without a graph, multiplied out once as long as the parameters stay the same and the cache has room.
@@ -251,25 +250,16 @@ class MPOExperts(nn.Module):
             stacks.append((self._start(n) + self.scales[n] * offset).to(dtype))
         return self.central.to(dtype), stacks
 
-    def _ends(self, dtype: torch.dtype) -> tuple[End | None, End | None]:
-        """The ends at the inputs and the outputs; one that has a single dimension is a factor of the other."""
-        if self._is_number[1]:
-            return None, self._end(0, dtype, self._as_factors(1, dtype))
-        if self._is_number[0]:
-            return self._end(1, dtype, self._as_factors(0, dtype)), None
-        return self._end(1, dtype), self._end(0, dtype)
+    @torch.no_grad()
+    def divergence(self) -> Float[Tensor, ""]:
+        """Return the mean over sites of the experts' squared relative distance from their mean, dimensionless.
 
-    def _end(self, n: int, dtype: torch.dtype, factors: Tensor | None = None) -> End:
-        offsets = self.offsets[n]
-        # an end is a matrix from its bond to its outputs, or from its inputs to its bond
-        shape = (offsets.shape[2], offsets.shape[4]) if n == 0 else (offsets.shape[1], offsets.shape[3])
-        start = None if self._unit_starts[n] else self._start(n).to(dtype).view(shape)
-        return End(offsets.to(dtype).view(-1, *shape), factors, start, self.scales[n].to(dtype))
-
-    def _as_factors(self, n: int, dtype: torch.dtype) -> Tensor:
-        """What an end of one dimension multiplies each expert's tokens with."""
-        start = 1 if self._unit_starts[n] else self._start(n).view(1)
-        return (start + self.scales[n] * self.offsets[n].flatten()).to(dtype)
+        Of each site relative to its own mean, so that no gauge of the chain weighs more than another.
+        """
+        _, stacks = self.site_stacks(range(self.num_experts), torch.float32)
+        if not stacks:  # a single site has no tensor of an expert's own
+            return self.central.new_zeros(())
+        return torch.stack([relative_spread(stack) for stack in stacks]).mean()
 
     def _start(self, n: int) -> Tensor:
         """What the n-th auxiliary tensor of every expert starts as, (d_{k-1}, o_k, i_k, d_k)."""
@@ -300,9 +290,17 @@ class DenseExperts(nn.Module):
         bias: As in `MPOExperts`.
     """
 
+    mixes_outputs = True
+    central = None
+    """Nothing is shared."""
+    auxiliary: ClassVar[dict[int, nn.Parameter]] = {}
+    """There are no sites."""
+
     def __init__(self, out_features: int, in_features: int, num_experts: int, bias: str = "none") -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.out_features = out_features
+        self.in_features = in_features
         self.bias = empty_bias(bias, num_experts, out_features)
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
@@ -323,6 +321,11 @@ class DenseExperts(nn.Module):
     def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
         """W_e."""
         return self.weight[index]
+
+    @torch.no_grad()
+    def divergence(self) -> Float[Tensor, ""]:
+        """Return the mean squared relative distance of the experts from their mean, dimensionless."""
+        return relative_spread(self.weight)
 
     def forward(self, x: Float[Tensor, "T in_features"], counts: Counts) -> Float[Tensor, "T out_features"]:
         """y_t = W_{e(t)} x_t + b_{e(t)}; arguments as in `MPOExperts.forward`."""
@@ -352,6 +355,14 @@ def per_token(
 def root_mean_square(tensor: Tensor) -> float:
     """Root mean square; the sum in float64, or it loses four digits for a large matrix."""
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item() / tensor.numel() ** 0.5
+
+
+def relative_spread(stack: Float[Tensor, "E ..."]) -> Float[Tensor, ""]:
+    """Return the mean over experts of the squared relative Frobenius distance from their mean, dimensionless."""
+    stack = stack.float()
+    mean = stack.mean(dim=0)
+    tiny = torch.finfo(mean.dtype).tiny  # experts that are all 0 are all equal
+    return (stack - mean).square().sum() / (len(stack) * mean.square().sum().clamp(min=tiny))
 
 
 def empty_bias(kind: str, num_experts: int, out_features: int) -> nn.Parameter | None:

@@ -5,29 +5,34 @@ Shape letters: T tokens, N assignments of tokens to experts, D model width, F FF
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mpoe.nn.balancing import is_recomputed
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts
-from mpoe.nn.frozen_base import FrozenBaseExperts
-from mpoe.nn.grouped import Counts, all_rows
-from mpoe.nn.panels import panels
+from mpoe.nn.extended import ExtendedExperts
+from mpoe.nn.grouped import all_rows
 from mpoe.nn.router import RouterOutput, TopKRouter
 from mpoe.nn.unshared import UnsharedMPOExperts
 from mpoe.nn.usage import RouterUsage
 
-Experts = MPOExperts | UnsharedMPOExperts | DenseExperts | FrozenBaseExperts
+Experts = ExtendedExperts | MPOExperts | UnsharedMPOExperts | DenseExperts
 
 
 class MoEFeedForward(nn.Module):
-    """A mixture of feed-forward experts: y = Σ weight · down(dropout(act(up x))), with act(gate x) · up x if gated.
+    """A mixture of feed-forward experts: down(dropout(act(up x))), or with act(gate x) · up x if gated.
+
+    Experts that extend a matrix (`ExtendedExperts`) take all tokens and the router's gates. The outputs of other
+    experts, which take their own tokens alone, are mixed: y = Σ weight · FFN_e(x).
 
     Args:
-        router: Picks the experts of every token; None: there is one expert, which gets them all.
+        router: Picks the experts of every token. None: extended matrices have gates of 1; others have one expert.
         up: Experts' matrices F × D.
         down: Experts' matrices D × F.
         activation: The base model's activation.
@@ -36,14 +41,16 @@ class MoEFeedForward(nn.Module):
         output_dropout: Probability, after everything.
         is_fused: Whether `up` is 2F × D: the gate's matrices first, then those that are not activated.
         routing: What is routed as one, see `MPOEConfig.routing`.
+        has_loss: Whether the router's losses are to be added to the model's, see `router_output`.
 
     Attributes:
-        token_mask: Which tokens are no padding; None is all. Padding is computed like everything else, but it takes no
-            expert's capacity and does not count in losses and shares. Of a mask that is longer than the input, the last
-            tokens are meant, as with a cache of keys and values.
-        prefix: What begins every input, (B, D), which routing "prefix" goes by; None if nobody has said.
-        router_output: What the router decided in the last forward; None after the model's loss has taken it.
-        usage: What it has decided since `reset_usage` or `take_usage`; None before the first forward.
+        token_mask: Which tokens are not padding; None is all. Padding is computed like everything else, but it takes no
+            expert's capacity and does not count in losses, loads and shares. A mask that is longer than the input is
+            aligned at its end, as with a cache of keys and values.
+        prefix: What begins every input, (B, D), which routing "prefix" goes by; None if unset.
+        router_output: The routing decision of the last training forward if `has_loss`, until the model's loss takes it.
+        usage: Sums over the forwards since `reset_usage` or `take_usage`; None before `reset_usage`, and then nothing
+            is counted.
         taken_usage: What has been taken since `reset_usage`; None is nothing.
     """
 
@@ -58,6 +65,7 @@ class MoEFeedForward(nn.Module):
         output_dropout: float = 0.0,
         is_fused: bool = False,
         routing: str = "token",
+        has_loss: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
@@ -69,6 +77,7 @@ class MoEFeedForward(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
         self.is_fused = is_fused
         self.routing = routing
+        self.has_loss = has_loss
         self.token_mask: Bool[Tensor, "B S"] | None = None
         self.prefix: Float[Tensor, "B D"] | None = None
         self.router_output: RouterOutput | None = None
@@ -76,19 +85,25 @@ class MoEFeedForward(nn.Module):
         self.taken_usage: RouterUsage | None = None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """The routed experts' FFNs for every token; 0 for a token that all its experts dropped."""
+        """The experts' FFN for every token; of mixed outputs, 0 for a token that all its experts dropped."""
         x_TD = x.reshape(-1, x.shape[-1])
         if self.router is None:
-            return self.output_dropout(self._experts(x_TD, all_rows(x_TD)).reshape(x.shape))
+            y_TD = self._ffn(x_TD, all_rows(x_TD) if self.up.mixes_outputs else None)
+            return self.output_dropout(y_TD.reshape(x.shape))
         route = self._route(self.router, x)
         self._record(route)
-        dispatch = Dispatch.by_expert(route)
-        y_ND = self._experts_in_turn(dispatch.dispatch(x_TD), dispatch.counts)
-        return self.output_dropout(dispatch.combine(y_ND, route.weight).reshape(x.shape))
+        if self.up.mixes_outputs:
+            dispatch = Dispatch.by_expert(route)
+            y_TD = dispatch.combine(self._ffn(dispatch.dispatch(x_TD), dispatch.counts), route.weight)
+        else:
+            y_TD = self._ffn(x_TD, route.gates)
+        return self.output_dropout(y_TD.reshape(x.shape))
 
     def reset_usage(self) -> None:
-        """Start counting anew."""
+        """Start to count what the router decides, from nothing."""
         self.usage = self.taken_usage = None
+        if self.router is not None:
+            self.usage = RouterUsage.nothing(self.router.num_experts, self.router.weight.device)
 
     def take_usage(self) -> RouterUsage | None:
         """What the router has decided since this was last called; `total_usage` goes on counting.
@@ -102,16 +117,16 @@ class MoEFeedForward(nn.Module):
         return taken
 
     def total_usage(self) -> RouterUsage | None:
-        """What the router has decided since `reset_usage`; None if nothing."""
+        """What the router has decided since `reset_usage`; None before it."""
         if self.usage is None or self.taken_usage is None:
             return self.usage
         return self.usage.plus(self.taken_usage)
 
     def _route(self, router: TopKRouter, x: Tensor) -> RouterOutput:
         tokens = x.shape[:-1].numel()
-        mask = self._mask(tokens)
+        mask, watched = self._mask(tokens), self._watched(router)
         if self.routing == "token":
-            return router(x.reshape(tokens, x.shape[-1]), mask)
+            return router(x.reshape(tokens, x.shape[-1]), mask, watched)
         if x.ndim != 3:
             raise ValueError(f"routing {self.routing!r} needs inputs (batch, tokens, width); got {tuple(x.shape)}")
         if self.routing == "sequence":
@@ -121,7 +136,14 @@ class MoEFeedForward(nn.Module):
             decisive = self.prefix
         else:
             raise ValueError("routing 'prefix' goes by the first tokens: the model must be called with input_ids")
-        return router(decisive).for_tokens(x.shape[1], mask)
+        return router(decisive, watched=watched).for_tokens(x.shape[1], mask)
+
+    def _watched(self, router: TopKRouter) -> Tensor | None:
+        """A trained tensor by which balancing notices optimizer steps; None is the router's weight."""
+        if router.balancing is None or not self.training or router.weight.requires_grad:
+            return None
+        needed = router.weight.numel()
+        return next((p for p in self.parameters() if p.requires_grad and p.numel() >= needed), None)
 
     def _mask(self, tokens: int) -> Tensor | None:
         if self.token_mask is None:
@@ -131,33 +153,36 @@ class MoEFeedForward(nn.Module):
             return None
         return self.token_mask[:, length - tokens // batch :].reshape(-1)
 
-    def _experts_in_turn(self, x_ND: Tensor, counts: Counts) -> Tensor:
-        """Where nothing is kept for a backward, a few experts go through the whole layer before the next ones start.
-
-        What lies between the matrices is then small enough to stay in the cache.
-        """
-        if torch.is_grad_enabled() or isinstance(counts, Tensor):
-            return self._experts(x_ND, counts)
-        in_turn = panels(counts)
-        if len(in_turn) < 2:
-            return self._experts(x_ND, counts)
-        return torch.cat([self._experts(x_ND[panel.rows], panel.counts(len(counts))) for panel in in_turn])
-
-    def _experts(self, x_ND: Tensor, counts: Counts) -> Tensor:
-        h_NF = self.up(x_ND, counts)
+    def _ffn(self, x: Tensor, routing: Any) -> Tensor:
+        """Both or all three matrices; `routing` is what the experts' `forward` takes beside the rows."""
+        h_NF = self.up(x, routing)
         if self.is_fused:
             gate_NF, h_NF = h_NF.chunk(2, dim=-1)
             h_NF = self.activation(gate_NF) * h_NF
         elif self.gate is not None:
-            h_NF = self.activation(self.gate(x_ND, counts)) * h_NF
+            h_NF = self.activation(self.gate(x, routing)) * h_NF
         else:
             h_NF = self.activation(h_NF)
-        return self.down(self.dropout(h_NF), counts)
+        return self.down(self.dropout(h_NF), routing)
 
     def _record(self, route: RouterOutput) -> None:
-        # In evaluation nobody adds the loss up, and a kept graph would be kept memory.
-        self.router_output = route if self.training else None
-        if self.usage is None or self.usage.tokens.device != route.logits.device:
-            self.usage = RouterUsage.nothing(route.logits.shape[1], route.logits.device)
-            self.taken_usage = None
-        self.usage.add(route)
+        if is_recomputed():
+            return
+        if self.has_loss and self.training:
+            before = self.router_output
+            if before is not None and before.logits.requires_grad and not torch.compiler.is_compiling():
+                _warn_of_unused_loss()
+            self.router_output = route
+        if self.usage is not None:
+            if self.usage.tokens.device != route.logits.device:
+                self.reset_usage()
+            self.usage.add(route)
+
+
+def _warn_of_unused_loss() -> None:
+    # the filter "default" shows a message once for each place
+    warnings.warn(
+        "the load-balancing loss of a training forward was not used: the training loop computes its loss outside of the "
+        "model. Use balancing='bias', or add mpoe.models.take_router_loss(model) to the loss",
+        stacklevel=2,
+    )

@@ -1,7 +1,6 @@
 """Linear layers and embeddings whose matrix is one MPO: `MPOExperts` of one expert behind PyTorch's own interfaces.
 
-Shape letters: T tokens, V rows of the embedding, D model width; a, b the bonds left and right of the central tensor;
-o, i the central site's output and input dimensions; p, q the dimensions at the output end and the input end.
+Shape letters: T tokens, V rows of the embedding, D model width.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mpoe.nn.autocast import without_autocast
 from mpoe.nn.experts import MPOExperts
-from mpoe.nn.grouped import all_rows, is_known_to_host, linear_per_expert
+from mpoe.nn.grouped import all_rows, is_known_to_host
 
 
 class MPOLinear(nn.Module):
@@ -71,7 +70,7 @@ class MPOEmbedding(nn.Module):
         Raises:
             ValueError: Ids outside of the table.
         """
-        ids_T, dims = token_ids.reshape(-1), self.experts.dims
+        ids_T = token_ids.reshape(-1)
         if len(ids_T) and is_known_to_host(ids_T.device):  # elsewhere the lookup itself fails
             low, high = (int(end) for end in ids_T.aminmax())
             if low < 0 or high >= self.num_embeddings:
@@ -79,10 +78,7 @@ class MPOEmbedding(nn.Module):
                     f"token ids must be in 0..{self.num_embeddings - 1}; got {low}..{high}: use the model's tokenizer"
                 )
         with without_autocast(ids_T.device):
-            if dims.is_separable and dims.num_sites == 3:
-                rows_TD = self._separable_rows(ids_T)
-            else:
-                rows_TD = nn.functional.embedding(ids_T, self._table())
+            rows_TD = nn.functional.embedding(ids_T, self._table())
         if self.padding_idx is not None and torch.is_grad_enabled():
             rows_TD = torch.where(ids_T[:, None] == self.padding_idx, rows_TD.detach(), rows_TD)
         return rows_TD.view(*token_ids.shape, self.embedding_dim)
@@ -91,24 +87,6 @@ class MPOEmbedding(nn.Module):
         if torch.is_grad_enabled() or not is_known_to_host(self.experts.central.device):
             return self.experts.expert_matrix(0)
         return self.experts.matrix(0, self.experts.central.dtype)
-
-    def _separable_rows(self, ids_T: Tensor) -> Tensor:
-        """The separable layout, without multiplying out the table.
-
-        Row p·o + n is row p of the output end, times slice n of the central tensor, times the input end. Tokens of one
-        slice go through it together.
-        """
-        left, central, right = self.experts.expert(0).sites
-        a, o, i, b = central.shape
-        slice_T = ids_T % o
-        order = torch.argsort(slice_T, stable=True)
-        counts = slice_T.new_zeros(o).scatter_add_(0, slice_T, torch.ones_like(slice_T))
-        left_Ta = nn.functional.embedding(ids_T[order] // o, left.view(-1, a))
-        slices = central.permute(1, 2, 3, 0).reshape(o, i * b, a)
-        sorted_Tn = linear_per_expert(left_Ta, counts.tolist() if is_known_to_host(ids_T.device) else counts, slices)
-        z_Tib = torch.empty_like(sorted_Tn).index_copy(0, order, sorted_Tn).view(-1, i, b)
-        y_Tiq = z_Tib @ right.view(b, -1)
-        return y_Tiq.reshape(len(ids_T), self.experts.dims.padded_in)[:, : self.embedding_dim]
 
     def __getattr__(self, name: str) -> Any:
         # Transformers asks for it where a table is to be resized or tied, and the usual message would not help.

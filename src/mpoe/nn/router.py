@@ -5,13 +5,15 @@ Shape letters: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mpoe.nn.autocast import without_autocast
+from mpoe.nn.balancing import BiasBalancing, is_recomputed
+from mpoe.nn.float32 import Float32Module
 
 MIN_CAPACITY = 4
 
@@ -28,7 +30,6 @@ class RouterOutput:
         probabilities: Their softmax.
         dropped: Assignments that found their expert full, count.
         mask: Which tokens are no padding; None is all.
-        tokens_per_expert: Tokens that every expert gets, padding too, count.
     """
 
     expert_index: Int[Tensor, "T K"]
@@ -38,10 +39,17 @@ class RouterOutput:
     probabilities: Float[Tensor, "T E"]
     dropped: Int[Tensor, ""]
     mask: Bool[Tensor, " T"] | None = None
-    tokens_per_expert: Int[Tensor, " E"] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.tokens_per_expert = _count(self.expert_index, self.logits.shape[1], self.kept)
+    @property
+    def tokens_per_expert(self) -> Int[Tensor, " E"]:
+        """Tokens that every expert gets, padding too, count."""
+        return _count(self.expert_index, self.logits.shape[1], self.kept)
+
+    @property
+    def gates(self) -> Float[Tensor, "T E"]:
+        """The weight of every expert for every token; 0 for experts that are not selected."""
+        weight = self.weight if self.kept is None else self.weight.masked_fill(~self.kept, 0)
+        return torch.zeros_like(self.probabilities).scatter(1, self.expert_index, weight)
 
     def for_tokens(self, length: int, mask: Bool[Tensor, " T"] | None) -> RouterOutput:
         """Decisions on whole inputs as decisions on each of their tokens.
@@ -81,21 +89,22 @@ class RouterOutput:
         return router_z_loss(self.logits, self.mask)
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Float32Module):
     """A softmax over a linear layer of the token; the K most probable experts get it.
 
-    With K = 1 it is Switch Transformer's router, with K >= 2 GShard's: the weights of a token's experts are their
-    probabilities divided by the sum of all K, so that they add up to 1.
+    For experts that extend a matrix, the weights of a token's experts are their probabilities. Where outputs are mixed,
+    it is Switch Transformer's router with K = 1 and GShard's with K >= 2: the weights are the probabilities divided by
+    the sum of all K, so that they add up to 1.
 
     The token is scaled to unit root mean square first. Pre-trained models feed their FFNs with anything (T5's
     layer-norm weights are about 0.08), and a router that sees tiny inputs learns slowly and looks balanced whatever it
-    does. Always computed in float32.
+    does. Weights and computation are always in float32.
 
     Args:
         hidden_size: D, model width, count.
         num_experts: E, count.
         top_k: K, count.
-        is_scale_prob: True: an expert's output is multiplied by its probability p, as in Switch Transformer, eq. 2.
+        is_scale_prob: True: an expert's weight is its probability p, as in Switch Transformer, eq. 2.
             False, K = 1: by p / p with a stopped gradient below, as in the MPOE reference: its value is 1, so the
             pre-trained function is kept, and its gradient still reaches the router. False, K >= 2: as said above.
         gradient: What the gradient of p / p reaches, "all", "router" or "none"; see `MPOEConfig.router_gradient`.
@@ -106,6 +115,8 @@ class TopKRouter(nn.Module):
         second_threshold: Of the policies "threshold" and "random".
         jitter: Noise on the inputs in training.
         input_norm: Whether tokens are scaled to unit root mean square.
+        has_bias: Whether the linear layer has a bias.
+        balancing: Changes which experts are selected; None selects by probability alone.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (JMLR 2022), §2; Lepikhin et al., GShard (ICLR 2021), algorithm 1.
     """
@@ -124,6 +135,8 @@ class TopKRouter(nn.Module):
         second_threshold: float = 0.2,
         jitter: float = 0.0,
         input_norm: bool = True,
+        has_bias: bool = True,
+        balancing: BiasBalancing | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -138,27 +151,34 @@ class TopKRouter(nn.Module):
         self.second_threshold = second_threshold
         self.jitter = jitter
         self.input_norm = input_norm
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_experts))
+        self.balancing = balancing
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if has_bias else None
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Draw the weights so that the logits of a token have variance 1, on the CPU so that every device agrees."""
         drawn = torch.randn(self.weight.shape, generator=generator) * self.weight.shape[1] ** -0.5
         self.weight.copy_(drawn)
-        self.bias.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.balancing is not None:
+            self.balancing.reset(self.weight)
 
-    def forward(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> RouterOutput:
+    def forward(
+        self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None, watched: Tensor | None = None
+    ) -> RouterOutput:
         """Route every token.
 
         Args:
             x: The tokens.
             mask: Which of them are no padding; None is all. Padding is routed, and never dropped for want of room.
+            watched: A tensor that every optimizer step changes, for balancing by bias; None is the router's weight.
         """
         with without_autocast(x.device):
             logits = self._logits(x.float() if self.gradient == "all" else x.detach().float())
             probabilities = logits.softmax(dim=-1)
-        top_probability, expert_index = probabilities.topk(self.top_k, dim=-1)
+        top_probability, expert_index = self._select(probabilities, mask, watched)
         if self.is_scale_prob:
             weight = top_probability
         elif self.top_k == 1:
@@ -178,8 +198,23 @@ class TopKRouter(nn.Module):
             mask=mask,
         )
 
+    def _select(
+        self, probabilities: Float[Tensor, "T E"], mask: Bool[Tensor, " T"] | None, watched: Tensor | None
+    ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+        """The probabilities and indices of the experts of every token, best first."""
+        balancing = self.balancing
+        if balancing is None:
+            return probabilities.topk(self.top_k, dim=-1)
+        counts = self.training and not is_recomputed()
+        if counts:
+            balancing.follow(self.weight if watched is None else watched)
+        expert_index = balancing.scores(probabilities.detach()).topk(self.top_k, dim=-1).indices
+        if counts:
+            balancing.count(expert_index, mask)
+        return probabilities.gather(1, expert_index), expert_index
+
     def _logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        bias, weight = self.bias.float(), self.weight.float()
+        weight, bias = self.weight, self.bias
         noisy = x
         if self.training and self.jitter:
             noisy = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -189,7 +224,8 @@ class TopKRouter(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         eps = norm.new_full((), torch.finfo(torch.float32).eps)
         scale = torch.rsqrt(torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]))
-        return torch.addcmul(bias, nn.functional.linear(noisy, weight), scale)
+        logits = nn.functional.linear(noisy, weight)
+        return logits * scale if bias is None else torch.addcmul(bias, logits, scale)
 
     def _wanted(self, weight: Float[Tensor, "T K"]) -> Bool[Tensor, "T K"] | None:
         """The first choices, and the others as the policy says; None is all."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mpoe.nn.experts import MPOExperts, add_bias, empty_bias, load_bias
+from mpoe.nn.experts import MPOExperts, add_bias, empty_bias, load_bias, relative_spread
 from mpoe.nn.grouped import Counts
 
 
@@ -22,10 +24,17 @@ class UnsharedMPOExperts(nn.Module):
     Source: MPOE (Gao et al., COLING 2022), the ablation of its GPT-2 experiments.
     """
 
+    mixes_outputs = True
+    central = None
+    """Nothing is shared; the MPOs have central tensors of their own."""
+    auxiliary: ClassVar[dict[int, nn.Parameter]] = {}
+    """Each MPO has its own."""
+
     def __init__(self, experts: list[MPOExperts], bias: str = "none") -> None:
         super().__init__()
         self.num_experts = len(experts)
         self.dims = experts[0].dims
+        self.out_features, self.in_features = self.dims.out_features, self.dims.in_features
         self.experts = nn.ModuleList(experts)
         self.bias = empty_bias(bias, len(experts), self.dims.out_features)
 
@@ -51,6 +60,12 @@ class UnsharedMPOExperts(nn.Module):
     def expert_matrix(self, index: int) -> Float[Tensor, "out_features in_features"]:
         """W_e, multiplied out."""
         return self.mpos[index].expert_matrix(0)
+
+    @torch.no_grad()
+    def divergence(self) -> Float[Tensor, ""]:
+        """As `MPOExperts.divergence`, over the auxiliary tensors."""
+        of_experts = [mpo.site_stacks([0], torch.float32)[1] for mpo in self.mpos]
+        return torch.stack([relative_spread(torch.cat(site)) for site in zip(*of_experts, strict=True)]).mean()
 
     def forward(self, x: Float[Tensor, "T in_features"], counts: Counts) -> Float[Tensor, "T out_features"]:
         """y_t = W_{e(t)} x_t + b_{e(t)}; arguments as in `MPOExperts.forward`.

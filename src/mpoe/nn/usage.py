@@ -27,6 +27,7 @@ class RouterUsage:
         tokens_per_expert: Tokens that every expert got, count.
         dropped: Assignments that found their expert full, count.
         probability: Of every expert, summed over tokens.
+        gate: The weight of every expert that a token was sent to, summed over tokens.
         entropy: Of every token's probabilities, summed, nats.
         balance_loss: Load-balancing losses, summed over the forwards whose loss has been taken.
         losses: These forwards, count.
@@ -36,6 +37,7 @@ class RouterUsage:
     tokens_per_expert: Int[Tensor, " E"]
     dropped: Int[Tensor, ""]
     probability: Float[Tensor, " E"]
+    gate: Float[Tensor, " E"]
     entropy: Float[Tensor, ""]
     balance_loss: Float[Tensor, ""]
     losses: Int[Tensor, ""]
@@ -49,6 +51,7 @@ class RouterUsage:
                 tokens_per_expert=torch.zeros(num_experts, dtype=torch.long, device=device),
                 dropped=torch.zeros((), dtype=torch.long, device=device),
                 probability=torch.zeros(num_experts, device=device),
+                gate=torch.zeros(num_experts, device=device),
                 entropy=torch.zeros((), device=device),
                 balance_loss=torch.zeros((), device=device),
                 losses=torch.zeros((), dtype=torch.long, device=device),
@@ -56,15 +59,17 @@ class RouterUsage:
 
     def add(self, route: RouterOutput) -> None:
         """Add one forward."""
-        probabilities = route.probabilities.detach()
+        probabilities, gates = route.probabilities.detach(), route.gates.detach()
         if route.mask is None:
             self.tokens.add_(len(probabilities))
         else:
             self.tokens.add_(route.mask.sum())
             probabilities = probabilities * route.mask[:, None]  # the entropy of zeros is 0 too
+            gates = gates * route.mask[:, None]
         self.tokens_per_expert.add_(route.real_tokens_per_expert)
         self.dropped.add_(route.dropped)
         self.probability.add_(probabilities.sum(dim=0))
+        self.gate.add_(gates.sum(dim=0))
         self.entropy.add_(torch.special.entr(probabilities).sum())
 
     @torch.no_grad()
@@ -102,6 +107,7 @@ class RouterUsage:
         return RouterStatistics(
             share=(self.tokens_per_expert / max(kept, 1)).tolist(),
             mean_probability=(self.probability / tokens).tolist(),
+            gate_mass=(self.gate / tokens).tolist(),
             dropped_fraction=dropped / max(kept + dropped, 1),
             entropy=float(self.entropy) / tokens,
         )
@@ -119,11 +125,14 @@ class RouterStatistics:
     Attributes:
         share: Of the assignments that each expert got; sums to 1.
         mean_probability: Of each expert, over tokens; sums to 1.
+        gate_mass: Of each expert, the mean weight over tokens, 0 where it is not selected. An expert that its bias
+            selects with a tiny probability has a share and no gate mass.
         dropped_fraction: Of the assignments, those that found their expert full, in [0, 1].
         entropy: Mean over tokens of the entropy of their probabilities, nats; ln E if the router does not care.
     """
 
     share: list[float]
     mean_probability: list[float]
+    gate_mass: list[float]
     dropped_fraction: float
     entropy: float

@@ -65,9 +65,12 @@ class MixtureArguments:
 
     _argument_group_name: ClassVar[str] = "mixture"
 
-    moe_type: Literal["switch", "moe", "none", ""] = field(
-        default="switch",
-        metadata={"help": "Router: switch is top-1, moe is GShard's top-2; none, or empty, is no mixture."},
+    moe_type: Literal["switch", "moe", "none", ""] | None = field(
+        default=None,
+        metadata={
+            "help": "Router: switch is top-1, moe is top-2; none, or empty, is no mixture. If left out, moe for layout "
+            "extended and switch for others."
+        },
     )
     top_k: int | None = field(
         default=None, metadata={"help": "Experts per token; the router's own (1 or 2) if left out."}
@@ -88,18 +91,36 @@ class MixtureArguments:
     attention_trunc: int = field(
         default=NO_TRUNCATION, metadata={"help": "Largest bond of an attention MPO; 30000 is no truncation."}
     )
-    layout: Literal["separable", "balanced"] = field(
-        default="separable", metadata={"help": "How matrices are cut into sites; balanced is the paper's."}
+    layout: Literal["extended", "balanced"] = field(
+        default="extended",
+        metadata={
+            "help": "How experts share a matrix: extended adds low-rank experts inside of it; balanced is the paper's, "
+            "MPOs whose outputs are mixed."
+        },
+    )
+    expert_rank: int = field(default=MPOEConfig.expert_rank, metadata={"help": "extended: rank of each expert."})
+    expert_scale: float = field(
+        default=MPOEConfig.expert_scale, metadata={"help": "extended: scale of the experts, relative to the base's."}
+    )
+    expert_activation: Literal["gelu", "relu", "silu"] | None = field(
+        default=None, metadata={"help": "extended: a non-linearity inside the experts; none if left out."}
+    )
+    frozen_router: bool = field(default=False, metadata={"help": "Keep the routers' random initial weights."})
+    balancing: Literal["bias", "loss", "none"] = field(
+        default="bias",
+        metadata={
+            "help": "How experts are kept evenly loaded: a bias in their selection, the paper's auxiliary loss, or not."
+        },
+    )
+    balancing_step: float = field(
+        default=MPOEConfig.balancing_step,
+        metadata={"help": "bias: its change per optimizer step, relative to 1 / num_experts."},
     )
     num_sites: int | None = field(
-        default=None, metadata={"help": "Site tensors per matrix, odd; the layout's own (3 or 5) if left out."}
+        default=None, metadata={"help": "balanced: site tensors per matrix, odd; 5 if left out."}
     )
     max_auxiliary_bond: int | None = field(
         default=None, metadata={"help": "Cap on the full bonds beside the central tensor: smaller auxiliaries."}
-    )
-    auxiliary_sides: Literal["both", "narrow"] = field(
-        default="both",
-        metadata={"help": "separable: auxiliaries on both sides of a matrix, or on its narrow side only (faster)."},
     )
     site_dims: str | None = field(
         default=None,
@@ -187,7 +208,7 @@ class MixtureArguments:
         default=MPOEConfig.router_jitter, metadata={"help": "Router inputs are multiplied by 1 +- this in training."}
     )
     load_balancing_coef: float = field(
-        default=MPOEConfig.load_balancing_coef, metadata={"help": "Weight of the load-balancing loss."}
+        default=MPOEConfig.load_balancing_coef, metadata={"help": "Weight of the load-balancing loss (--balancing loss)."}
     )
     router_z_loss_coef: float = field(
         default=MPOEConfig.router_z_loss_coef, metadata={"help": "Weight of the routers' z-loss."}
@@ -227,7 +248,7 @@ class MixtureArguments:
         if self.switch_dropout is not None and not 0 <= self.switch_dropout <= 1:
             raise ValueError(f"switch_dropout must be in [0, 1]; got {self.switch_dropout}")
         read = {
-            "moe_type": self.moe_type or "none",
+            "moe_type": "none" if self.moe_type == "" else self.moe_type,
             "mpo_layers": _components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
             "max_bond_dim": _bond("linear_trunc", self.linear_trunc),
             "word_embed_bond_dim": _bond("emb_trunc", self.emb_trunc),
@@ -281,11 +302,20 @@ class TrainableArguments:
         metadata={"help": "Comma list of the sites, from 0, whose auxiliary tensors train; all if left out."},
     )
     mpo_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the MPOs' tensors; that of the model if left out."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the experts (extended) or of the MPOs' tensors (balanced); that of the model if "
+            "left out."
+        },
+    )
+    output_lr_ratio: float = field(
+        default=1.0, metadata={"help": "extended: learning rate of V, the experts' outputs, over that of U."}
     )
     auxiliary_weight_decay: float | None = field(
         default=None,
-        metadata={"help": "Weight decay of the auxiliary tensors, toward the base; weight_decay if left out."},
+        metadata={
+            "help": "Weight decay of the auxiliary tensors; if left out 0 (extended) or weight_decay (balanced)."
+        },
     )
     gradient_mask_prob: float = field(
         default=0.0,
@@ -302,6 +332,10 @@ class TrainableArguments:
             raise ValueError(
                 "gradient_mask_prob masks the central tensors, which tensor_learn freezes; leave one of them out"
             )
+
+    def own_rates(self) -> tuple[float | None, float | None, float]:
+        """Return what `optimizer_for_mpos` takes beside the model and the Trainer's arguments."""
+        return self.mpo_lr, self.auxiliary_weight_decay, self.output_lr_ratio
 
     def freezing(self) -> Freezing:
         """What these flags freeze.

@@ -33,6 +33,7 @@ from mpoe.models import (
     router_statistics,
     routers,
     save_adapter,
+    sharing_experts,
     shuffled_routing,
     sum_usage,
 )
@@ -177,8 +178,9 @@ def finetune(
         timer, DeadExpertWarning(), KeepGenerationConfig(), CheckpointCallback(), signals,
     ]  # fmt: skip
     optimizer = mask = None
-    if trainable is not None and (trainable.mpo_lr, trainable.auxiliary_weight_decay) != (None, None):
-        optimizer = optimizer_for_mpos(model, args, trainable.mpo_lr, trainable.auxiliary_weight_decay)
+    own = (None, None, 1.0) if trainable is None else trainable.own_rates()
+    if own != (None, None, 1.0) or any(not experts.mixes_outputs for experts in sharing_experts(model).values()):
+        optimizer = optimizer_for_mpos(model, args, *own)
     if trainable is not None and 0 < trainable.gradient_mask_prob < 1:
         if args.deepspeed:
             raise ValueError("gradient_mask_prob is for torch's optimizers; leave it out, or shard with fsdp instead")
@@ -299,7 +301,7 @@ def peak_memory() -> int:
 def _accumulation(model: PreTrainedModel) -> Accumulation | None:
     """For a model whose matrices are multiplied out: they are, once a step."""
     config = mpoe_config(model)
-    if config is None or all(experts.is_separable for experts in mpo_experts(model).values()):
+    if config is None or not mpo_experts(model):
         return None
     return Accumulation(model, int(config.matrix_cache_gib * 2**30))
 

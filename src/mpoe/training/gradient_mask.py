@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from mpoe.models import mpo_experts
+from mpoe.models import sharing_experts
 
 LEVELS = ("tensor", "element")
 
@@ -59,7 +59,11 @@ class GradientMask:
         if level not in LEVELS:
             raise ValueError(f"gradient_mask_level must be one of {LEVELS}; got {level!r}")
         # The modules and not their tensors: sharding a model puts others in their place.
-        self._masked = [experts for experts in mpo_experts(model).values() if experts.central.requires_grad]
+        self._masked = [
+            experts
+            for experts in sharing_experts(model).values()
+            if experts.central is not None and experts.central.requires_grad
+        ]
         if prob and not self._masked:
             raise ValueError(
                 "a gradient mask needs a central tensor that trains; the model has none. Leave gradient_mask_prob out, "
@@ -75,7 +79,7 @@ class GradientMask:
     @property
     def central(self) -> list[Tensor]:
         """The central tensors that are masked."""
-        return [experts.central for experts in self._masked]
+        return [experts.central for experts in self._masked if experts.central is not None]
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Draw the masks of a step; to be called after clipping, right before `optimizer.step()`.

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
 
-from mpoe.models import component_modules, mpo_experts, routers
-from mpoe.nn import DenseExperts, MPOExperts
+from mpoe.models import component_modules, routers, sharing_experts
+from mpoe.nn import DenseExperts, ExtendedExperts, MPOExperts
 
 PARTS = ("central tensors", "auxiliary tensors", "whole experts", "routers", "embeddings and head", "layer norms")
 OTHER = "attention and the rest"
@@ -51,7 +51,7 @@ class Freezing:
         Raises:
             ValueError: Nothing is left to train, or a flag is about MPOs or the encoder and the model has none.
         """
-        mpos = mpo_experts(model).values()
+        mpos = sharing_experts(model).values()
         for flag in ("tensor_learn", "train_AT_index"):
             if not mpos and getattr(self, flag) not in (False, None):
                 raise ValueError(f"{flag} is about MPOs; the model has none. Leave it out, or see mpo_layers")
@@ -84,24 +84,23 @@ class Freezing:
                 for module in components[component].values():
                     module.requires_grad_(False)
         for experts in mpos:
-            if self.tensor_learn:
+            if self.tensor_learn and experts.central is not None:
                 experts.central.requires_grad_(False)
             if self.train_AT_index is not None:
                 self._choose_auxiliary(experts)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("something must be left to train; these flags freeze the whole model")
 
-    def _choose_auxiliary(self, experts: MPOExperts) -> None:
-        sites = experts.dims.auxiliary
-        chosen = self.train_AT_index or ()
-        if not set(chosen) <= set(sites):
+    def _choose_auxiliary(self, experts: MPOExperts | ExtendedExperts) -> None:
+        sites, chosen = experts.auxiliary, self.train_AT_index or ()
+        if not set(chosen) <= sites.keys():
             raise ValueError(
-                f"train_AT_index must name auxiliary sites, {list(sites)} of {experts.dims.num_sites}; got "
-                f"{list(chosen)}. Site {experts.dims.central} is the central tensor, which tensor_learn is about"
+                f"train_AT_index must name auxiliary sites, of {list(sites)}; got {list(chosen)}. The site between them "
+                "is the central tensor, which tensor_learn is about"
             )
-        for site, offset in zip(sites, experts.offsets, strict=True):
+        for site, tensor in sites.items():
             if site not in chosen:
-                offset.requires_grad_(False)
+                tensor.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def trained_parts(model: PreTrainedModel, learning_rate: float, mpo_lr: float | 
     Args:
         model: After `Freezing.apply`.
         learning_rate: Of everything but MPOs.
-        mpo_lr: Of central and auxiliary tensors; None is `learning_rate`.
+        mpo_lr: As for `optimizer_for_mpos`; None is `learning_rate`.
     """
     part_of = {}
     for name, parameter in model.named_parameters():
@@ -140,9 +139,12 @@ def trained_parts(model: PreTrainedModel, learning_rate: float, mpo_lr: float | 
         part_of |= {id(p): "embeddings and head" for p in head.parameters()}
     for router in routers(model).values():
         part_of |= {id(p): "routers" for p in router.parameters()}
-    for experts in mpo_experts(model).values():
-        part_of |= {id(p): "auxiliary tensors" for p in experts.offsets} | {id(experts.central): "central tensors"}
+    for experts in sharing_experts(model).values():
+        part_of |= {id(p): "auxiliary tensors" for p in experts.auxiliary.values()}
+        part_of |= {id(experts.central): "central tensors"} if experts.central is not None else {}
     rates: dict[str, float] = {} if mpo_lr is None else dict.fromkeys(("central tensors", "auxiliary tensors"), mpo_lr)
+    if any(isinstance(experts, ExtendedExperts) for experts in sharing_experts(model).values()):
+        rates.pop("central tensors", None)  # which are the base's own weights
     parts = []
     for part in (*PARTS, OTHER):
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if part_of[id(p)] == part]
@@ -154,18 +156,22 @@ def trained_parts(model: PreTrainedModel, learning_rate: float, mpo_lr: float | 
 
 
 def optimizer_for_mpos(
-    model: PreTrainedModel, args: TrainingArguments, mpo_lr: float | None, auxiliary_weight_decay: float | None
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    mpo_lr: float | None = None,
+    auxiliary_weight_decay: float | None = None,
+    output_lr_ratio: float = 1.0,
 ) -> tuple[type, dict[str, Any]]:
-    """The Trainer's optimizer, with a rate and a weight decay of MPOs' own: its `optimizer_cls_and_kwargs`.
-
-    An auxiliary tensor is its start plus a parameter that begins at 0, so decay pulls an expert back to the pre-trained
-    layer.
+    """Return the Trainer's optimizer with rates and weight decays of the MPOs' own: its `optimizer_cls_and_kwargs`.
 
     Args:
         model: After `Freezing.apply`.
         args: The Trainer's: which optimizer, its rate and weight decay.
-        mpo_lr: Peak learning rate of central and auxiliary tensors, > 0; None is the model's.
-        auxiliary_weight_decay: Of auxiliary tensors, >= 0; None is the model's.
+        mpo_lr: Peak learning rate of central and auxiliary tensors, > 0; layout "extended": of the experts' U and V.
+            None is the model's.
+        auxiliary_weight_decay: Of auxiliary tensors, >= 0. None is the model's in the layout "balanced", where it pulls
+            an expert back to the pre-trained layer, and 0 in the layout "extended".
+        output_lr_ratio: Layout "extended": the rate of V over that of U, > 0.
 
     Raises:
         ValueError: A rate that is not positive, a negative decay, or a model without MPOs.
@@ -174,17 +180,30 @@ def optimizer_for_mpos(
         raise ValueError(f"mpo_lr must be > 0; got {mpo_lr}. --tensor_learn and --update_mpo_layer freeze MPOs")
     if auxiliary_weight_decay is not None and not auxiliary_weight_decay >= 0:
         raise ValueError(f"auxiliary_weight_decay must be >= 0; got {auxiliary_weight_decay}")
-    auxiliary = {id(p) for experts in mpo_experts(model).values() for p in experts.offsets}
-    mpo = auxiliary | {id(experts.central) for experts in mpo_experts(model).values()}
-    if not mpo:
-        raise ValueError("mpo_lr and auxiliary_weight_decay are about MPOs; the model has none. Leave them out")
+    if not output_lr_ratio > 0:
+        raise ValueError(f"output_lr_ratio must be > 0; got {output_lr_ratio}")
+    shared = sharing_experts(model).values()
+    if not shared:
+        raise ValueError(
+            "mpo_lr, auxiliary_weight_decay and output_lr_ratio are about MPOs; the model has none. Leave them out"
+        )
+    extended = [experts for experts in shared if isinstance(experts, ExtendedExperts)]
+    if output_lr_ratio != 1 and not extended:
+        raise ValueError("output_lr_ratio is for layout 'extended'; the model has another. Leave it out")
+    auxiliary = {id(p) for experts in shared for p in experts.auxiliary.values()}
+    outputs = {id(experts.offsets_V) for experts in extended}
+    factors = outputs | {id(experts.offsets_U) for experts in extended}
+    mpo = auxiliary | {id(experts.central) for experts in shared if not isinstance(experts, ExtendedExperts)}
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]  # uses no self
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = mpo_lr if mpo_lr is not None and id(parameter) in mpo else args.learning_rate
+            rate *= output_lr_ratio if id(parameter) in outputs else 1.0
             decay = args.weight_decay if name in decayed else 0.0
+            if id(parameter) in factors:
+                decay = 0.0
             if auxiliary_weight_decay is not None and id(parameter) in auxiliary:
                 decay = auxiliary_weight_decay
             groups.setdefault((rate, decay), []).append(parameter)
