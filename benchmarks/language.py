@@ -235,7 +235,9 @@ def run(variant: str, corpus: Corpus, setup: Setup, cache: Path, stop: int) -> R
     model, config = base_model(corpus, setup, cache), VARIANTS[variant]
     if config is not None:
         model = mpoe.upcycle(model, config)
-    result = Result(variant, asdict(setup), sum(p.numel() for p in model.parameters()), machine={**hardware(), **versions()})
+    result = Result(
+        variant, asdict(setup), sum(p.numel() for p in model.parameters()), machine={**hardware(), **versions()}
+    )
     train(model, corpus, setup, setup.base_steps, stop, result)
     if routers(model):
         reset_usage(model)

@@ -52,7 +52,8 @@ class MPOEConfig:
         frozen_router: Whether the router keeps its random initial weights.
         balancing: How the load of the experts is balanced. "bias": a bias per expert, used to select the top k and
             never as a weight, moves against the expert's excess load once per optimizer step. "loss": the auxiliary
-            loss of Switch Transformers and of the paper, weighed by `load_balancing_coef`. "none".
+            loss of Switch Transformers and of the paper, weighed by `load_balancing_coef`. "none". None is "loss" if
+            `load_balancing_coef` is given, else "bias".
         balancing_step: What a step of balancing "bias" adds to an expert's bias or takes from it, relative to the mean
             probability 1 / num_experts, dimensionless, > 0.
         num_sites: Layout "balanced": site tensors per matrix, odd; None is 5.
@@ -113,7 +114,8 @@ class MPOEConfig:
         second_threshold: A weight, in (0, 1].
         router_jitter: In training a router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter], >= 0.
         router_input_norm: Scale a router's inputs to unit root mean square.
-        load_balancing_coef: Weight of the load-balancing loss (balancing "loss"), averaged over layers, >= 0.
+        load_balancing_coef: Weight of the load-balancing loss (balancing "loss"), averaged over layers, >= 0; None is
+            0.01.
         router_z_loss_coef: Weight of the routers' z-loss, averaged over layers, in the model's loss, >= 0.
         tied_head: With "word_embed": whether the language-model head is the embedding's own table. None is as the model
             has it; `upcycle` writes the answer here for those who load the model.
@@ -136,7 +138,7 @@ class MPOEConfig:
     expert_scale: float = 1.0
     expert_activation: str | None = None
     frozen_router: bool = False
-    balancing: str = "bias"
+    balancing: str | None = None
     balancing_step: float = 0.01
     num_sites: int | None = None
     max_auxiliary_bond: int | None = None
@@ -165,7 +167,7 @@ class MPOEConfig:
     second_threshold: float = 0.2
     router_jitter: float = 0.0
     router_input_norm: bool = True
-    load_balancing_coef: float = 0.01
+    load_balancing_coef: float | None = None
     router_z_loss_coef: float = 0.0
     tied_head: bool | None = None
     compute: str = "auto"
@@ -184,6 +186,10 @@ class MPOEConfig:
         self.mpo_layers = tuple(self.mpo_layers)
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
+        if self.balancing is None:
+            self.balancing = "bias" if self.load_balancing_coef is None else "loss"
+        if self.balancing == "loss" and self.load_balancing_coef is None:
+            self.load_balancing_coef = 0.01
         for name, choices in (
             ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", (*MOE_TYPES, None)), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
@@ -236,6 +242,8 @@ class MPOEConfig:
             "matrix_save_gib",
         ):  # fmt: skip
             value = getattr(self, name)
+            if name == "load_balancing_coef" and value is None:
+                continue
             _require(_is_number(value) and value >= 0, name, ">= 0", value)
             _require(value <= 1e6, name, "at most 1e6", value)
         _require(
@@ -282,7 +290,7 @@ class MPOEConfig:
             unused = changed & set(_UNUSED_BY_EXTENDED)
         else:
             unused = changed & set(_EXTENDED_ALONE)
-        if self.balancing != "loss" and "load_balancing_coef" in changed:
+        if self.balancing != "loss" and self.load_balancing_coef is not None:
             unused.add("load_balancing_coef")
         if self.balancing != "bias" and "balancing_step" in changed:
             unused.add("balancing_step")

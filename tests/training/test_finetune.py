@@ -24,7 +24,13 @@ def state(model):
         ({"stacks": ("encoder",)}, {"stacks": ("decoder",)}, "none", "encoder.block.0", "decoder.block.0"),
         ({"stacks": ("encoder",)}, {}, "encoder.block.0", "none", "decoder.block.0"),
         ({"layers": (1,)}, {"layers": (0,)}, "none", "decoder.block.1", "decoder.block.0"),
-        ({"num_experts": 1}, {"num_experts": 1, "mpo_layers": ("attention",)}, "none", "decoder.block.0", "none"),
+        (
+            {"num_experts": 1, "layout": "balanced"},
+            {"num_experts": 1, "layout": "balanced", "mpo_layers": ("attention",)},
+            "none",
+            "decoder.block.0",
+            "none",
+        ),
     ],
 )
 def test_weights_come_from_modules_of_the_same_name_or_not_at_all(tmp_path, here, there, both, only_here, only_there):
@@ -54,10 +60,10 @@ def test_modules_of_the_same_name_are_taken_whole_and_nothing_else_is(tmp_path):
 @pytest.mark.parametrize(
     ("here", "there"),
     [
-        ({}, {"top_k": 1}),
-        ({"top_k": 1}, {}),
-        ({"moe_type": "moe"}, {"top_k": 2}),
-        ({"num_sites": 3}, {}),
+        ({}, {"top_k": 2}),
+        ({"top_k": 1}, {"moe_type": "switch"}),
+        ({"moe_type": "moe"}, {}),
+        ({"layout": "balanced"}, {"layout": "balanced", "num_sites": 5, "moe_type": "switch"}),
     ],
 )
 def test_one_function_said_in_two_ways_is_one(tmp_path, here, there):
@@ -67,12 +73,29 @@ def test_one_function_said_in_two_ways_is_one(tmp_path, here, there):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.state_dict().items())
 
 
-def test_a_top_k_counts_as_what_it_comes_to():
-    switch, both = mpoe.MPOEConfig(), mpoe.MPOEConfig(moe_type="moe")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"balancing": "loss"}, "balancing: loss there, bias now"),
+        ({"balancing_step": 0.5}, "balancing_step: 0.5 there, 0.01 now"),
+        ({"expert_activation": "relu"}, "expert_activation: relu there, None now"),
+    ],
+)
+def test_another_function_is_refused(tmp_path, option, message):
+    make_model(**option).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"must be one of these flags \({message}\)"):
+        load_experiment(make_model(), str(tmp_path))
+
+
+def test_a_top_k_and_a_type_count_as_what_they_come_to():
+    switch, both = mpoe.MPOEConfig(moe_type="switch"), mpoe.MPOEConfig()
     assert mixture_changes(switch, mpoe.MPOEConfig(top_k=1), ["top_k"]) == ""
     assert mixture_changes(both, switch, ["top_k", "num_experts"]) == "top_k: 2 there, 1 now"
     assert mixture_changes(mpoe.MPOEConfig(top_k=3), switch, ["top_k"]) == "top_k: 3 there, 1 now"
-    assert (switch.top_k, both.top_k) == (None, None), "the configs stay as they are"
+    assert mixture_changes(both, mpoe.MPOEConfig(moe_type="moe"), ["moe_type"]) == ""
+    assert mixture_changes(mpoe.MPOEConfig(layout="balanced"), switch, ["moe_type"]) == ""
+    assert mixture_changes(both, switch, ["moe_type"]) == "moe_type: moe there, switch now"
+    assert (both.top_k, both.moe_type) == (None, None), "the configs stay as they are"
 
 
 def test_mean_loss_weighs_by_steps():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mpoe
-from mpoe.nn import MPOExperts
+from mpoe.models import sharing_experts
 from mpoe.training.gradient_mask import GradientMask, GradientMaskCallback
 from tiny import tiny_batch, tiny_t5
 
@@ -17,17 +17,22 @@ OPTIMIZERS = {
 }
 
 
-def make_model():
-    torch.manual_seed(0)
-    return mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3, layers=[1])).train()
+@pytest.fixture(params=["extended", "balanced"])
+def make_model(request):
+    def make():
+        torch.manual_seed(0)
+        config = mpoe.MPOEConfig(num_experts=3, layers=[1], layout=request.param)
+        return mpoe.upcycle(tiny_t5(), config).train()
+
+    return make
 
 
 def centrals(model):
-    return [module.central for module in model.modules() if isinstance(module, MPOExperts)]
+    return [experts.central for experts in sharing_experts(model).values()]
 
 
 def auxiliaries(model):
-    return [o for module in model.modules() if isinstance(module, MPOExperts) for o in module.offsets]
+    return [o for experts in sharing_experts(model).values() for o in experts.auxiliary.values()]
 
 
 def copies(tensors):
@@ -48,7 +53,7 @@ def train(model, mask, make_optimizer, steps, observe=lambda step: None, first=0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_central_tensors_change_on_exactly_the_unmasked_steps(name):
+def test_central_tensors_change_on_exactly_the_unmasked_steps(make_model, name):
     model = make_model()
     mask = GradientMask(model, prob=0.5, seed=3)
     states = [copies(centrals(model))]
@@ -81,7 +86,7 @@ def test_central_tensors_change_on_exactly_the_unmasked_steps(name):
 
 @pytest.mark.parametrize("level", ["tensor", "element"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_at_1_they_are_bitwise_unchanged_and_the_optimizer_knows_nothing_of_them(name, level):
+def test_at_1_they_are_bitwise_unchanged_and_the_optimizer_knows_nothing_of_them(make_model, name, level):
     model = make_model()
     before = copies(centrals(model))
     mask = GradientMask(model, prob=1.0, level=level)
@@ -94,7 +99,7 @@ def test_at_1_they_are_bitwise_unchanged_and_the_optimizer_knows_nothing_of_them
 
 
 @pytest.mark.parametrize("level", ["tensor", "element"])
-def test_at_0_nothing_is_changed(level):
+def test_at_0_nothing_is_changed(make_model, level):
     models = make_model(), make_model()
     masks = GradientMask(models[0], prob=0.0, level=level), GradientMask(models[1], prob=1e-12, level=level)
     for model, mask in zip(models, masks, strict=True):
@@ -112,7 +117,7 @@ def test_at_0_nothing_is_changed(level):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_elements_move_or_stay_with_their_moments(name):
+def test_elements_move_or_stay_with_their_moments(make_model, name):
     """Against the written-out update of one element at a time: a masked element skips the step altogether."""
     model = make_model()
     mask = GradientMask(model, prob=0.4, level="element", seed=1)
@@ -141,7 +146,7 @@ def test_elements_move_or_stay_with_their_moments(name):
         assert (moment[~always] != 0).any()
 
 
-def test_the_share_over_10_000_draws_is_within_3_sigma():
+def test_the_share_over_10_000_draws_is_within_3_sigma(make_model):
     model = make_model()
     for p in (0.2, 0.5, 0.8):
         mask = GradientMask(model, prob=p, seed=11)
@@ -155,7 +160,7 @@ def test_the_share_over_10_000_draws_is_within_3_sigma():
 
 
 @pytest.mark.parametrize("level", ["tensor", "element"])
-def test_a_resumed_run_and_another_rank_draw_the_same(level):
+def test_a_resumed_run_and_another_rank_draw_the_same(make_model, level):
     whole = make_model()
     train(whole, GradientMask(whole, 0.5, level, seed=4), OPTIMIZERS["adamw"], 8)
     parts = make_model()
@@ -168,7 +173,7 @@ def test_a_resumed_run_and_another_rank_draw_the_same(level):
     assert any(not torch.equal(a, b) for a, b in zip(centrals(whole), centrals(other), strict=True))
 
 
-def test_counts_survive_a_checkpoint():
+def test_counts_survive_a_checkpoint(make_model):
     from transformers import TrainerState
 
     callback = GradientMaskCallback(GradientMask(make_model(), 0.5))
@@ -179,7 +184,7 @@ def test_counts_survive_a_checkpoint():
     assert (fresh.mask.drawn, fresh.mask.discarded) == (40, 17)
 
 
-def test_what_cannot_be_masked_is_said():
+def test_what_cannot_be_masked_is_said(make_model):
     with pytest.raises(ValueError, match=r"gradient_mask_prob must be in \[0, 1\]; got 1.5"):
         GradientMask(make_model(), 1.5)
     with pytest.raises(ValueError, match="gradient_mask_level must be one of"):

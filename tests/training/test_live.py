@@ -33,10 +33,10 @@ class Witness(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def train(folder, callbacks=(), **options):
+def train(folder, callbacks=(), balancing="bias", **options):
     """A real Trainer with a LiveLog; its model and what every router decided in training, by logging step."""
     torch.manual_seed(0)
-    model = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=4, top_k=2, moe_type="moe", expert_noise=0.1))
+    model = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=4, balancing=balancing))
     tokenizer, task = tiny_tokenizer(), get_task("sentiment")
     data = load_task(task, str(write_sentiment(folder / "data")), 0)
     train_rows, rows = tokenize(data.train, tokenizer, 128), tokenize(data.test, tokenizer, 128)
@@ -49,6 +49,7 @@ def train(folder, callbacks=(), **options):
     trainer = build_trainer(model, tokenizer, args, parts, callbacks)
     LiveLog().attach(trainer)
     counted = defaultdict(lambda: torch.zeros(4, dtype=torch.long))
+    weighed = defaultdict(list)
     decided = []
 
     def count(name):
@@ -56,14 +57,19 @@ def train(folder, callbacks=(), **options):
             if router.training:
                 real = route.expert_index if route.mask is None else route.expert_index[route.mask]
                 counted[name] += torch.bincount(real.flatten(), minlength=4)
+                of_tokens = route.probabilities.masked_fill(~torch.eye(4, dtype=bool)[route.expert_index].any(1), 0)
+                weighed[name].append(of_tokens if route.mask is None else of_tokens[route.mask])
 
         return hook
 
     class Collect(TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:
-                decided.append({name: counts.clone() for name, counts in counted.items()})
+                decided.append(
+                    {name: (counts.clone(), torch.cat(weighed[name]).mean(0)) for name, counts in counted.items()}
+                )
                 counted.clear()
+                weighed.clear()
 
     for name, router in routers(model).items():
         router.register_forward_hook(count(name))
@@ -72,18 +78,23 @@ def train(folder, callbacks=(), **options):
     return model, decided
 
 
-def test_shares_are_those_of_training_alone(tmp_path):
+@pytest.mark.parametrize("balancing", ["bias", "loss"])
+def test_shares_are_those_of_training_alone(tmp_path, balancing):
     """Evaluations lie between the logging steps, and route other rows."""
-    model, decided = train(tmp_path)
+    model, decided = train(tmp_path, balancing=balancing)
     lines = read_log(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     for line, counts in zip([line for line in lines if "loss" in line], decided, strict=True):
         assert line["layers"].keys() == counts.keys() == routers(model).keys()
         for name, values in line["layers"].items():
-            expected = counts[name] / counts[name].sum()
-            assert values["share"] == pytest.approx(expected.tolist(), rel=1e-5)
-            assert 1 <= values["balance_loss"] <= 4
+            of_layer, mass = counts[name]
+            assert values["share"] == pytest.approx((of_layer / of_layer.sum()).tolist(), rel=1e-5)
+            assert values["gate_mass"] == pytest.approx(mass.tolist(), rel=1e-5)
+            if balancing == "loss":
+                assert 0.9 <= values["balance_loss"] <= 4
+            else:
+                assert "balance_loss" not in values
             assert 0 < values["entropy"] <= torch.tensor(4).log() + 1e-6
     last = {name: values["divergence"] for name, values in lines[-2]["layers"].items()}
     for name in last:
@@ -93,11 +104,12 @@ def test_shares_are_those_of_training_alone(tmp_path):
 
 def test_who_reports_gets_the_numbers_and_the_screen_does_not(tmp_path, capsys):
     witness = Witness()
-    train(tmp_path, [witness], max_steps=2, disable_tqdm=True)
+    train(tmp_path, [witness], balancing="loss", max_steps=2, disable_tqdm=True)
     first = witness.logs[0]
     assert first["router/entropy"] > 0
     layer = "encoder.block.0.layer.1"
     assert sum(first[f"experts/share/{layer}/{e}"] for e in range(4)) == pytest.approx(1)
+    assert 0 < sum(first[f"experts/gate_mass/{layer}/{e}"] for e in range(4)) < 1
     of_layers = [value for name, value in first.items() if name.startswith("router/balance_loss/")]
     assert first["router/balance_loss"] == pytest.approx(sum(of_layers) / len(of_layers))
     assert all(isinstance(value, float | int) for value in first.values())

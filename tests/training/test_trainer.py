@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 import mpoe
-from mpoe.models import mixtures
+from mpoe.models import mixtures, sharing_experts
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.tasks import get_task, load_task
 from mpoe.training.text_to_text import Evaluation, evaluate, parse, tokenize, trainer_parts
@@ -17,9 +17,15 @@ from mpoe.training.trainer import DeadExpertWarning, StepTimer, build_trainer, s
 from tiny import tiny_batch, tiny_t5, tiny_tokenizer, write_sentiment
 
 
-def make_model(coef=0.5):
+def make_model(coef=0.5, **options):
     torch.manual_seed(0)
-    return mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=4, load_balancing_coef=coef, expert_noise=0.1)).train()
+    config = mpoe.MPOEConfig(**{"num_experts": 4, "balancing": "loss", "load_balancing_coef": coef, **options})
+    model = mpoe.upcycle(tiny_t5(), config).train()
+    with torch.no_grad():
+        for experts in sharing_experts(model).values():
+            for tensor in experts.auxiliary.values():
+                tensor.add_(torch.randn_like(tensor) * 0.1)  # experts that differ
+    return model
 
 
 def gradients(model):
@@ -174,14 +180,24 @@ def test_step_timer():
     assert timer.tokens_per_second == 30 / sum(timer.seconds)
 
 
-def test_dead_experts_are_named():
-    model = make_model()
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"balancing": "bias", "load_balancing_coef": 0.01}, "A larger balancing_step, or"),
+        ({"layout": "balanced"}, "A higher load_balancing_coef, or"),
+    ],
+)
+def test_dead_experts_are_named(options, advice):
+    model = make_model(**options)
     for layer in mixtures(model).values():
-        layer.router.bias.data = torch.tensor([9.0, 9.0, -9.0, -9.0])
+        if layer.router.balancing is None:
+            layer.router.bias.data = torch.tensor([9.0, 9.0, -9.0, -9.0])
+        else:
+            layer.router.balancing.steps.copy_(torch.tensor([900, 900, -900, -900]))
     callback = DeadExpertWarning()
     callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
     model(**tiny_batch(8, 20))
-    with pytest.warns(UserWarning, match=r"8 of 16 experts got under 1%.*\[2, 3\]"):
+    with pytest.warns(UserWarning, match=rf"8 of 16 experts got under 1%.*\[2, 3\]\. {advice}"):
         callback.on_epoch_end(None, TrainerState(epoch=1.0), TrainerControl(), model=model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

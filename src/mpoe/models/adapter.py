@@ -31,8 +31,8 @@ from mpoe.models.adapter_files import (
     read_tensors,
 )
 from mpoe.models.checkpoint import align
-from mpoe.models.quantized_base import plain_tensors
 from mpoe.models.inspect import sharing_experts
+from mpoe.models.quantized_base import plain_tensors
 from mpoe.models.router_loss import mpoe_config, routers
 from mpoe.models.upcycle import upcycle
 from mpoe.nn import MPOExperts
@@ -64,7 +64,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     """Write the parameters that require a gradient, and what is needed to find their base again.
 
     `adapter_model.safetensors` holds these parameters, tied ones once, the scales of the experts' offsets, and the
-    biases that balance the experts; `adapter_config.json` the mixture's config, the name of the base and a hash of all parameters that stayed behind.
+    biases that balance the experts; `adapter_config.json` the mixture's config, the name of the base and a hash of all
+    parameters that stayed behind.
 
     Args:
         model: A mixture whose central tensors are frozen; in the layout "balanced", in the identity gauge and without

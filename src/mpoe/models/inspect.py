@@ -66,10 +66,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             own = sum(p.numel() for p in experts.auxiliary.values())
             matrix = experts.out_features * experts.in_features
             shared = matrix
-            if experts.central is None:  # a packed weight has fewer numbers
-                total += matrix - sum(p.numel() for p in experts.base.parameters() if p.ndim > 1)
-            else:
+            if experts.central is not None:
                 shared = experts.central.numel()
+            elif isinstance(experts, ExtendedExperts):  # a packed weight has fewer numbers
+                total += matrix - experts.base_layer.get_parameter("weight").numel()
             central += shared
             auxiliary += own
             one_token += shared + own // experts.num_experts * top_k.get(id(experts), _used(experts))

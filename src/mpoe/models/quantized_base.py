@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
@@ -44,7 +43,7 @@ def take_over_quantizer(model: PreTrainedModel) -> None:
     if not any(_is_quantized(parameter) for parameter in model.parameters()):
         quantizer.remove_quantization_config(model)
         return
-    model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportAttributeAccessIssue]
+    model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportArgumentType]
         quantizer.quantization_config, "a mixture on a quantised base", quantizer
     )  # pyright: ignore[reportArgumentType]
     for module in model.modules():
@@ -59,7 +58,7 @@ def refuse_saving_with_lora(model: PreTrainedModel) -> None:
         model: Just upcycled; one without an adapter stays as it is.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportAttributeAccessIssue]
+        model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportArgumentType]
             MPOEConfig(), "a mixture on a base with a LoRA adapter"
         )
 

@@ -202,8 +202,8 @@ def _format_of(model: PreTrainedModel) -> str:
         raise ValueError(f"only a mixture can be exported with its routers; this model has none: {_OTHERWISE}")
     if config.is_extended:
         raise ValueError(
-            "Transformers has no format with routers for layout 'extended', whose gates are inside the matrices; export "
-            "the merged dense model instead (mpoe export without --routed), or keep the mixture"
+            "Transformers has no format with routers for layout 'extended', whose gates are inside the matrices; "
+            "export the merged dense model instead (mpoe export without --routed), or keep the mixture"
         )
     router, switch = next(iter(found.values())), _is_switch(name)
     problem = None
@@ -234,7 +234,13 @@ def _is_switch(name: str | None) -> bool:
 
 def _has_bias(router: TopKRouter) -> bool:
     """Whether its biases tell experts apart; a bias that all share changes nothing."""
-    return bool((router.bias != router.bias[0]).any())
+    bias = _bias(router)
+    return bool((bias != bias[0]).any())
+
+
+def _bias(router: TopKRouter) -> Tensor:
+    """A router whose experts' outputs are mixed has one."""
+    return cast(Tensor, router.bias)
 
 
 def _scales_outputs(config: PreTrainedConfig) -> bool:
@@ -302,7 +308,8 @@ def _matrices(found: FoundFeedForward, layer: MoEFeedForward | None, num_experts
     if layer is None:
         gate = None if names.gate is None else matrix_of(found.linear(names.gate))
         return [(gate, matrix_of(found.linear(names.up)), matrix_of(found.linear(names.down)))] * num_experts
-    for experts in (layer.up, layer.gate, layer.down):
+    up, gate, down = (cast(Any, experts) for experts in (layer.up, layer.gate, layer.down))
+    for experts in (up, gate, down):
         if experts is not None and experts.bias is not None and experts.bias.any():
             raise ValueError(
                 f"experts must have no biases, as those of Transformers' formats; those of {found.name} have: "
@@ -310,9 +317,9 @@ def _matrices(found: FoundFeedForward, layer: MoEFeedForward | None, num_experts
             )
     return [
         (
-            None if layer.gate is None else layer.gate.expert_matrix(e),
-            layer.up.expert_matrix(e),
-            layer.down.expert_matrix(e),
+            None if gate is None else gate.expert_matrix(e),
+            up.expert_matrix(e),
+            down.expert_matrix(e),
         )
         for e in range(num_experts)
     ]
@@ -354,9 +361,9 @@ def _switch_router(
         weight, bias = like.new_zeros(shape), like.new_zeros(shape[0])
         bias[0] = 1
     elif router.is_scale_prob:
-        return router.weight * (inputs.scale if inputs and router.input_norm else 1.0), router.bias.clone()
+        return router.weight * (inputs.scale if inputs and router.input_norm else 1.0), _bias(router).clone()
     else:  # divided by a token's size, which changes no order, the bias is what it was times that size
-        weight, bias = router.weight, router.bias - router.bias[0]
+        weight, bias = router.weight, _bias(router) - _bias(router)[0]
         bias = bias * (inputs.rms if inputs and router.input_norm else 1.0)
     largest = max(weight.abs().max().item(), bias.abs().max().item(), torch.finfo(weight.dtype).tiny)
     room = math.floor(math.log2(torch.finfo(weight.dtype).max / largest)) - 1
@@ -370,7 +377,7 @@ def _scaled_router(router: TopKRouter | None, inputs: RouterInputs | None, shape
         return like.new_zeros(shape)
     weight = router.weight
     if _has_bias(router) and inputs is not None:
-        bias = router.bias - router.bias.mean()
+        bias = _bias(router) - _bias(router).mean()
         scale = inputs.scale if router.input_norm else 1.0
         return weight * scale + bias[:, None] * inputs.constant(weight)
     if inputs is None or not router.input_norm:

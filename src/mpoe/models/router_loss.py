@@ -7,6 +7,9 @@ loop computes its loss from the logits instead (label smoothing does), `take_rou
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -56,7 +59,7 @@ def take_router_loss(model: nn.Module) -> Tensor | None:
             balance_loss = output.load_balancing_loss
             if layer.usage is not None:
                 layer.usage.add_balance_loss(balance_loss.detach())
-            loss = (config.load_balancing_coef if config.balancing == "loss" else 0.0) * balance_loss
+            loss = (config.load_balancing_coef or 0.0 if config.balancing == "loss" else 0.0) * balance_loss
             if config.router_z_loss_coef:
                 loss = loss + config.router_z_loss_coef * output.z_loss
             if torch.is_grad_enabled() and layer.router.weight.requires_grad and not loss.requires_grad:
@@ -83,15 +86,17 @@ def add_router_loss_hook(model: nn.Module) -> None:
 
 
 def _add_router_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    is_tuple = isinstance(output, tuple) and kwargs.get("labels") is not None
-    loss = output[0] if is_tuple else getattr(output, "loss", None)
+    if isinstance(output, tuple):
+        loss = output[0] if kwargs.get("labels") is not None else None
+    else:
+        loss = getattr(output, "loss", None)
     if not module.training or loss is None or is_recomputed():
         return None
     router_loss = take_router_loss(module)
     if router_loss is None:
         return None
     loss = loss + (router_loss * _share_of_step(module, kwargs)).to(loss.device, loss.dtype)
-    if is_tuple:
+    if isinstance(output, tuple):
         return (loss, *output[1:])
     output.loss = loss
     return None
@@ -100,10 +105,13 @@ def _add_router_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outpu
 def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """The share of a micro-batch in its optimizer step, by targets as the Trainer counts them.
 
-    Where a loop passes `num_items_in_batch`, the targets of the whole step, a model divides its loss by that number and
-    the loop does not divide by the number of micro-batches. A loss that is a mean of the micro-batch has to be weighed
-    in the same way, or it counts once for every micro-batch.
+    Where a loop passes `num_items_in_batch`, the targets of the whole step, most models divide their loss by that
+    number and the loop does not divide by the number of micro-batches. A loss that is a mean of the micro-batch has to be
+    weighed in the same way, or it counts once for every micro-batch. A model that ignores the number (T5) counts its
+    own loss that often, and the routers' loss keeps its weight relative to it.
     """
+    if not _divides_by_items(type(model).forward):
+        return 1.0
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
     if labels is None:
         labels = kwargs.get("labels")
@@ -114,8 +122,18 @@ def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     return (labels != IGNORED).sum() / torch.as_tensor(num_items, device=labels.device)
 
 
+@functools.cache
+def _divides_by_items(forward: Any) -> bool:
+    """Whether a model's `forward` hands `num_items_in_batch` to its loss; no attribute of Transformers tells."""
+    try:
+        source = inspect.getsource(inspect.unwrap(forward))
+    except OSError:  # no source at hand
+        return True
+    return re.search(r"loss_function\((?:[^()]|\([^()]*\))*\*\*\w+", source) is not None
+
+
 def shifts_labels(model: Any) -> bool:
     """Whether a model's loss compares each logit with the next label; the Trainer counts the labels after the first."""
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not getattr(
+    return LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not getattr(
         model.config, "is_encoder_decoder", False
     )

@@ -37,7 +37,6 @@ from mpoe.nn import (
     UnsharedMPOExperts,
 )
 
-
 _ALWAYS_FLOAT32 = ("router", "offsets_U", "offsets_V", "scale")
 
 

@@ -9,7 +9,6 @@ and input dimensions; p, q the dimensions at the output end and the input end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -137,9 +137,15 @@ class ExtendedExperts(Float32Module):
         return y.index_add(0, dispatch.token_index, y_NF.to(y.dtype))
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The layer that holds W: the base, or what a LoRA layer wraps."""
+        wrapped = getattr(self.base, "base_layer", None)
+        return wrapped if isinstance(wrapped, nn.Module) else self.base
+
+    @property
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
-        weight = getattr(getattr(self.base, "base_layer", self.base), "weight", None)  # a LoRA layer has a base_layer
+        weight = getattr(self.base_layer, "weight", None)
         return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
 
     @property

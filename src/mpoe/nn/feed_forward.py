@@ -182,7 +182,7 @@ class MoEFeedForward(nn.Module):
 def _warn_of_unused_loss() -> None:
     # the filter "default" shows a message once for each place
     warnings.warn(
-        "the load-balancing loss of a training forward was not used: the training loop computes its loss outside of the "
-        "model. Use balancing='bias', or add mpoe.models.take_router_loss(model) to the loss",
+        "the load-balancing loss of a training forward was not used: the training loop computes its loss outside of "
+        "the model. Use balancing='bias', or add mpoe.models.take_router_loss(model) to the loss",
         stacklevel=2,
     )

@@ -106,10 +106,11 @@ class MixtureArguments:
         default=None, metadata={"help": "extended: a non-linearity inside the experts; none if left out."}
     )
     frozen_router: bool = field(default=False, metadata={"help": "Keep the routers' random initial weights."})
-    balancing: Literal["bias", "loss", "none"] = field(
-        default="bias",
+    balancing: Literal["bias", "loss", "none"] | None = field(
+        default=None,
         metadata={
-            "help": "How experts are kept evenly loaded: a bias in their selection, the paper's auxiliary loss, or not."
+            "help": "How experts are kept evenly loaded: by a bias in their selection, by the paper's auxiliary loss, "
+            "or not. If left out, loss if --load_balancing_coef is given, else bias."
         },
     )
     balancing_step: float = field(
@@ -207,8 +208,8 @@ class MixtureArguments:
     router_jitter: float = field(
         default=MPOEConfig.router_jitter, metadata={"help": "Router inputs are multiplied by 1 +- this in training."}
     )
-    load_balancing_coef: float = field(
-        default=MPOEConfig.load_balancing_coef, metadata={"help": "Weight of the load-balancing loss (--balancing loss)."}
+    load_balancing_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the load-balancing loss; 0.01 if left out (--balancing loss)."}
     )
     router_z_loss_coef: float = field(
         default=MPOEConfig.router_z_loss_coef, metadata={"help": "Weight of the routers' z-loss."}

@@ -95,8 +95,8 @@ class Freezing:
         sites, chosen = experts.auxiliary, self.train_AT_index or ()
         if not set(chosen) <= sites.keys():
             raise ValueError(
-                f"train_AT_index must name auxiliary sites, of {list(sites)}; got {list(chosen)}. The site between them "
-                "is the central tensor, which tensor_learn is about"
+                f"train_AT_index must name auxiliary sites, of {list(sites)}; got {list(chosen)}. The site between "
+                "them is the central tensor, which tensor_learn is about"
             )
         for site, tensor in sites.items():
             if site not in chosen:
