@@ -106,8 +106,8 @@ def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """The share of a micro-batch in its optimizer step, by targets as the Trainer counts them.
 
     Where a loop passes `num_items_in_batch`, the targets of the whole step, most models divide their loss by that
-    number and the loop does not divide by the number of micro-batches. A loss that is a mean of the micro-batch has to be
-    weighed in the same way, or it counts once for every micro-batch. A model that ignores the number (T5) counts its
+    number and the loop does not divide by the number of micro-batches. A loss that is a mean of the micro-batch has to
+    be weighed in the same way, or it counts once for every micro-batch. A model that ignores the number (T5) counts its
     own loss that often, and the routers' loss keeps its weight relative to it.
     """
     if not _divides_by_items(type(model).forward):

@@ -37,7 +37,7 @@ from mpoe.nn import (
     UnsharedMPOExperts,
 )
 
-_ALWAYS_FLOAT32 = ("router", "offsets_U", "offsets_V", "scale")
+_ALWAYS_FLOAT32 = (r"\.router\.", r"\.offsets_[UV]$", r"\.(?:up|gate|down)\.scale$")  # regular expressions
 
 
 def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.float32 import Float32Module
 from mpoe.nn.grouped import linear_per_expert
 
+SELECT_FROM = 1024  # E·R; from here on it is faster to compute the selected experts alone, on a CPU
 PROBES = 64  # Gaussian vectors that measure the scale of a layer
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 
@@ -126,7 +127,9 @@ class ExtendedExperts(Float32Module):
             g = (gates * self.scale).to(u.dtype)
             h = (u.view(len(u), self.num_experts, self.rank) * g.unsqueeze(2)).view_as(u)
         V = self.offsets_V.to(y.dtype)
-        return y.addmm_(h, V.T) if type(self.base) is nn.Linear else torch.addmm(y, h, V.T)
+        # nobody but this layer has the output of a plain linear layer
+        is_own = type(self.base) is nn.Linear and not self.base._forward_hooks
+        return y.addmm_(h, V.T) if is_own else torch.addmm(y, h, V.T)
 
     def _add_selected(self, y: Tensor, x: Tensor, gates_N: Tensor, dispatch: Dispatch) -> Tensor:
         U_ERD = self.offsets_U.to(x.dtype).view(self.num_experts, self.rank, self.in_features)
@@ -147,6 +150,11 @@ class ExtendedExperts(Float32Module):
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
         weight = getattr(self.base_layer, "weight", None)
         return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
+
+    @property
+    def selects(self) -> bool:
+        """Whether computing only the selected experts is faster (benchmarks/layer.py)."""
+        return self.num_experts * self.rank >= SELECT_FROM
 
     @property
     def auxiliary(self) -> dict[int, nn.Parameter]:

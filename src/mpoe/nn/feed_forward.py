@@ -17,7 +17,7 @@ from mpoe.nn.balancing import is_recomputed
 from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.experts import DenseExperts, MPOExperts
 from mpoe.nn.extended import ExtendedExperts
-from mpoe.nn.grouped import all_rows
+from mpoe.nn.grouped import all_rows, is_known_to_host
 from mpoe.nn.router import RouterOutput, TopKRouter
 from mpoe.nn.unshared import UnsharedMPOExperts
 from mpoe.nn.usage import RouterUsage
@@ -95,6 +95,9 @@ class MoEFeedForward(nn.Module):
         if self.up.mixes_outputs:
             dispatch = Dispatch.by_expert(route)
             y_TD = dispatch.combine(self._ffn(dispatch.dispatch(x_TD), dispatch.counts), route.weight)
+        elif self.up.selects and is_known_to_host(x.device):
+            dispatch = Dispatch.by_expert(route)
+            y_TD = self._ffn(x_TD, route.weight.flatten()[dispatch.order], dispatch)
         else:
             y_TD = self._ffn(x_TD, route.gates)
         return self.output_dropout(y_TD.reshape(x.shape))
@@ -153,17 +156,17 @@ class MoEFeedForward(nn.Module):
             return None
         return self.token_mask[:, length - tokens // batch :].reshape(-1)
 
-    def _ffn(self, x: Tensor, routing: Any) -> Tensor:
+    def _ffn(self, x: Tensor, *routing: Any) -> Tensor:
         """Both or all three matrices; `routing` is what the experts' `forward` takes beside the rows."""
-        h_NF = self.up(x, routing)
+        h_NF = self.up(x, *routing)
         if self.is_fused:
             gate_NF, h_NF = h_NF.chunk(2, dim=-1)
             h_NF = self.activation(gate_NF) * h_NF
         elif self.gate is not None:
-            h_NF = self.activation(self.gate(x, routing)) * h_NF
+            h_NF = self.activation(self.gate(x, *routing)) * h_NF
         else:
             h_NF = self.activation(h_NF)
-        return self.down(self.dropout(h_NF), routing)
+        return self.down(self.dropout(h_NF), *routing)
 
     def _record(self, route: RouterOutput) -> None:
         if is_recomputed():
