@@ -164,5 +164,5 @@ def test_blocks_are_those_that_the_config_names():
     ],
 )
 def test_other_mixtures_are_refused(options):
-    with pytest.raises(ValueError, match="only mixtures of feed-forward layers whose experts share a matrix are costed"):
+    with pytest.raises(ValueError, match="only mixtures of feed-forward layers whose experts share a matrix"):
         variants(TINY, MPOEConfig(**options))
