@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig
 
 import mpoe
 from mpoe.cli.main import main
+from mpoe.models import read_config
+from mpoe.report.model_shape import PUBLISHED, model_shape
+from mpoe.report.variants import variants
 from tiny import assert_refused, tiny_t5, tiny_tokenizer
 from tiny_families import tiny_model
 
-DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
-SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
 
 
 def printed(capsys, *command):
@@ -156,9 +159,20 @@ def test_the_docs_show_what_the_command_prints(capsys, command, output):
     assert [line.rstrip() for line in printed(capsys, *command.split()[1:])] == output.splitlines()
 
 
-def test_the_docs_show_all_the_models_they_speak_of():
-    shown = {command.split()[1] for command, _ in SHOWN}
-    assert shown == {"t5-base", "t5-3b", "t5-11b", "llama-2-7b", "llama-2-70b"}
+def test_the_docs_show_several_models_and_compare_more():
+    """The rows of the page's first table are what `--scale` prints as ratios."""
+    assert {command.split()[1] for command, _ in SHOWN} == {"t5-base", "llama-2-7b", "llama-2-70b"}
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert {name for name, *_ in rows} == {"t5-base", *PUBLISHED}
+    for name, *shown in rows:
+        config = AutoConfig.for_model(**PUBLISHED[name]) if name in PUBLISHED else read_config(name)
+        found = {variant.name: variant for variant in variants(model_shape(config, name), mpoe.MPOEConfig())}
+        extended, adapter, switch = (
+            found[of].total_trained / found["dense"].total for of in ("MPOE extended", "MPOE adapter", "Switch")
+        )
+        flops = found["MPOE extended"].flops_per_token(8192) / found["dense"].flops_per_token(8192)
+        expected = (extended, flops, adapter, switch)
+        assert shown == [f"{value:.{len(text.split('.')[1])}f}" for value, text in zip(expected, shown, strict=True)]
 
 
 def read_json(capsys, *command):

@@ -60,7 +60,7 @@ class Step:
             Adam's two moments and the weight itself in float32 (ZeRO, Rajbhandari et al., SC 2020, §3.1).
         expert_devices: p, the devices over which Switch's experts are divided, count; None is one an expert.
         extended_overhead: Time of an extended FFN over that of a dense one, divided by the same ratio of FLOPs,
-            dimensionless. The default was measured on a CPU, see docs/scaling.md.
+            dimensionless. The default is an estimate for a CPU.
         balanced_overhead: The same for a balanced FFN.
     """
 
@@ -75,7 +75,7 @@ class Step:
     )
     extended_overhead: float = field(
         default=1.1,
-        metadata={"help": "FFN time over dense, by FLOPs over dense, in the extended layout; of a CPU."},
+        metadata={"help": "FFN time over dense, by FLOPs over dense, in the extended layout; estimated for a CPU."},
     )
     balanced_overhead: float = field(default=1.2, metadata={"help": "The same in the balanced layout."})
 
