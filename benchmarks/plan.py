@@ -4,8 +4,9 @@
 
 A cell is a matrix shape, bonds, experts, tokens, and forward or training step, of the balanced layout. Cells are taken
 in a random order, so that the first few are a fair sample; each is appended to `plan-cells.jsonl` in the results'
-folder when it is done. The full form goes on where it was stopped, and reports on all cells that are there: delete that file after a
-change of the ways. The planner is asked when the report is made, so its constants may change without timing anew.
+folder when it is done. The full form goes on where it was stopped, and reports on all cells that are there: delete that
+file after a change of the ways. The planner is asked when the report is made, so its constants may change without
+timing anew.
 
 Regret: the time of the way that the planner chooses over that of the fastest. A way that it expects to take more than
 4 times the fastest is not timed, nor is a cell whose fastest it expects to take a second. Without gradients two choices

@@ -115,7 +115,8 @@ def test_plan_shows_every_matrix_and_what_was_chosen(capsys):
 
 
 def test_both_at_once_and_several_mixtures(capsys):
-    lines = printed(capsys, "t5-small", "--plan", "8", "--scale", "1", "--num_experts", "2", "4", "--layout", "balanced")
+    flags = "--plan 8 --scale 1 --num_experts 2 4 --layout balanced"
+    lines = printed(capsys, "t5-small", *flags.split())
     text = "\n".join(lines)
     assert text.count("t5-small, 2 experts") == text.count("t5-small, 4 experts") == 1
     assert text.count("2 experts, bonds") == text.count("4 experts, bonds") == 4
@@ -132,7 +133,7 @@ def test_both_at_once_and_several_mixtures(capsys):
         ("--scale --network_bandwidth 0", "network_bandwidth must be > 0 and finite; got 0.0"),
         ("--scale --moe_type none --mpo_layers nompo", "--plan and --scale need a mixture"),
         ("--scale --num_experts 1", "only mixtures of feed-forward layers whose experts share a matrix are costed"),
-        ("--plan --layout balanced --mpo_layers attention", "only mixtures of feed-forward layers whose experts share a matrix are costed"),
+        ("--plan --layout balanced --mpo_layers attention", "only mixtures of feed-forward layers whose experts share"),
         ("--plan 0 --layout balanced", "tokens must be >= 1; got 0"),
         ("--plan 8", "only matrices of layout 'balanced' are planned; got 'extended'"),
         ("--expert_rank 0", "expert_rank must be an integer >= 1; got 0"),

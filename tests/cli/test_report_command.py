@@ -50,7 +50,9 @@ def test_runs_side_by_side(ground, capsys):
     assert main(["report", *runs, "--text", TEXT]) == 0
     page = (ground / "runs" / "report.html").read_text()
     assert "written to runs/report.html" in capsys.readouterr().out
-    for words in ("encoder 0", "decoder 1", "expert 1:", "Entanglement entropy of bond 1", "Validation accuracy", "Gate mass"):
+    for words in (
+        "encoder 0", "decoder 1", "expert 1:", "Entanglement entropy of bond 1", "Validation accuracy", "Gate mass",
+    ):  # fmt: skip
         assert words in page, words
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
     assert page.count("<script>") == 1

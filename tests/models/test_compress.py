@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused(options, message):
     [
         ({"mpo_layers": ()}, "experts share nothing. Compress its dense base"),
         ({"share_central": False}, "experts share nothing. Compress its dense base"),
-        ({"layout": "extended", "expert_noise": 0.0}, "experts extend the matrices of its base. Compress its dense base"),
+        ({"layout": "extended", "expert_noise": 0.0}, "experts extend the matrices of its base. Compress its dense"),
     ],
 )
 def test_mixtures_without_a_chain_to_cut_are_refused(options, message):

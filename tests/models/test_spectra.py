@@ -9,7 +9,8 @@ from tiny import moved, tiny_t5
 
 
 def make_model(**options):
-    return moved(mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(**{"num_experts": 3, "layout": "balanced", "stacks": ("encoder",), **options})))
+    of = {"num_experts": 3, "layout": "balanced", "stacks": ("encoder",), **options}
+    return moved(mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(**of)))
 
 
 @pytest.mark.parametrize("options", [{}, {"site_dims": {"64x32": [[4, 16, 1], [1, 8, 4]]}}])

@@ -156,7 +156,9 @@ def test_blocks_are_those_that_the_config_names():
         mixture_blocks(TINY, MPOEConfig(stacks=("encoder",)))
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize(
+    "options",
+    [
         {"num_experts": 1},
         {"moe_type": "none"},
         {"mpo_layers": ()},

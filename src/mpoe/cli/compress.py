@@ -117,7 +117,8 @@ def run(argv: Sequence[str]) -> None:
         found["low_rank"] = shrink(("low_rank",))
     rows = [_row("before", model, None, yardstick, tokenizer)]
     for layout, compressed in found.items():
-        rows.append(_row("after" if is_upcycled(model) else NAMES[layout], compressed.model, compressed, yardstick, tokenizer))
+        name = "after" if is_upcycled(model) else NAMES[layout]
+        rows.append(_row(name, compressed.model, compressed, yardstick, tokenizer))
     of_what = "matrices" if moments is None else "outputs on the calibration data"
     title = f"{args.model} at {args.budget:g} of its parameters; relative error of the {of_what}, root mean square"
     console.print(compression_table(rows, title))

@@ -30,9 +30,9 @@ def router_table(routers: Mapping[str, RouterStatistics], title: str = TITLE) ->
     """
     shows_gates = any(_has_gates(router) for router in routers.values())
     table = Table(
-        title=plain(title, TITLE_STYLE), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
-        caption=GATES if shows_gates else None, caption_justify="left",
-    )  # fmt: skip  # eight experts fit
+        title=plain(title, TITLE_STYLE), title_justify="left", caption=GATES if shows_gates else None,
+        caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,  # eight experts fit
+    )  # fmt: skip
     table.add_column("layer")
     for expert in range(max((len(router.share) for router in routers.values()), default=0)):
         table.add_column(str(expert), justify="right")
