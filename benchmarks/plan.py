@@ -2,10 +2,11 @@
 
     python benchmarks/plan.py [--short] [--budget SECONDS]
 
-A cell is a matrix shape, a layout, bonds, experts, tokens, and forward or training step. Cells are taken in a random
-order, so that the first few are a fair sample; each is appended to `plan-cells.jsonl` in the results' folder when it is
-done. The full form goes on where it was stopped, and reports on all cells that are there: delete that file after a
-change of the ways. The planner is asked when the report is made, so its constants may change without timing anew.
+A cell is a matrix shape, bonds, experts, tokens, and forward or training step, of the balanced layout. Cells are taken
+in a random order, so that the first few are a fair sample; each is appended to `plan-cells.jsonl` in the results'
+folder when it is done. The full form goes on where it was stopped, and reports on all cells that are there: delete that
+file after a change of the ways. The planner is asked when the report is made, so its constants may change without
+timing anew.
 
 Regret: the time of the way that the planner chooses over that of the fastest. A way that it expects to take more than
 4 times the fastest is not timed, nor is a cell whose fastest it expects to take a second. Without gradients two choices
@@ -37,7 +38,6 @@ from mpoe.nn.matrix_cache import MatrixCache
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "full": {
         "shape": ((3072, 768), (768, 3072), (512, 1024), (4096, 1024)),
-        "layout": ("separable", "balanced"),
         "max_bond_dim": (None, 16, 64),
         "num_experts": (2, 8, 64),
         "tokens": (1, 8, 32, 128, 512, 2048, 8192),
@@ -45,7 +45,6 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "tiny": {
         "shape": ((24, 36),),
-        "layout": ("separable", "balanced"),
         "max_bond_dim": (None,),
         "num_experts": (3,),
         "tokens": (5,),
@@ -66,7 +65,6 @@ class Cell:
     """One place of the grid, and what it was timed on."""
 
     shape: tuple[int, int]
-    layout: str
     max_bond_dim: int | None
     num_experts: int
     tokens: int
@@ -83,7 +81,7 @@ class Cell:
 
     def plan(self, has_cache: bool) -> Plan:
         """What the planner says."""
-        dims = site_dims(*self.shape, layout=self.layout)
+        dims = site_dims(*self.shape)
         cache_bytes = MAX_CACHE_BYTES if has_cache else 0
         active = sum(count > 0 for count in self.counts)
         return plan(
@@ -94,7 +92,7 @@ class Cell:
     def __str__(self) -> str:
         bonds = "full bonds" if self.max_bond_dim is None else f"bonds of {self.max_bond_dim}"
         shape, what = "×".join(map(str, self.shape)), "step" if self.is_step else "forward"
-        return f"{shape} {self.layout}, {bonds}, {self.num_experts} experts, {self.tokens} tokens, {what}"
+        return f"{shape}, {bonds}, {self.num_experts} experts, {self.tokens} tokens, {what}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +145,7 @@ def _measure(cell: Cell, repeats: int) -> dict[str, list[float]]:
     limit = HOPELESS * min(seconds for way, seconds in expected.items() if way != "cached")
     dtype = DTYPES[cell.dtype]
     device = torch.device("cpu" if cell.device == "cpu" else "cuda")
-    experts = MPOExperts(site_dims(*cell.shape, layout=cell.layout), cell.num_experts, cell.max_bond_dim)
+    experts = MPOExperts(site_dims(*cell.shape), cell.num_experts, cell.max_bond_dim)
     for tensor in (*experts.parameters(), *experts.buffers()):
         nn.init.normal_(tensor, std=0.02)  # times do not depend on the values
     experts = experts.to(device, dtype)
@@ -190,11 +188,9 @@ class _Choice:
 def _report(done: dict[Cell, dict[str, list[float]]]) -> list[Row]:
     choices = list(_choices(done))
     groups: dict[str, Callable[[_Choice], bool]] = {
-        f"{layout}, {what}": lambda choice, layout=layout, what=what: (
-            choice.cell.layout == layout
-            and what == ("step" if choice.cell.is_step else "forward, cache" if choice.has_cache else "forward")
+        what: lambda choice, what=what: (
+            what == ("step" if choice.cell.is_step else "forward, cache" if choice.has_cache else "forward")
         )
-        for layout in ("separable", "balanced")
         for what in ("forward", "forward, cache", "step")
     }
     rows = []

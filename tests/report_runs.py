@@ -19,7 +19,8 @@ COUNT = {
 def result(task="cola", experts=8, layers=LAYERS):
     count = COUNT if experts else {**COUNT, "other": 77_000_000, "central": 0, "auxiliary": 0, "router": 0}
     share = [1 / experts] * experts if experts else []
-    statistics = {name: RouterStatistics(share, share, 0.0, 1.9) for name in layers} if experts else {}
+    gates = [0.5 * mass for mass in share]
+    statistics = {name: RouterStatistics(share, share, gates, 0.0, 1.9) for name in layers} if experts else {}
     metrics = {"accuracy": 0.8125, "cross_entropy": 0.4, "rows": 96.0}
     return FinetuneResult(
         {task: {"validation": metrics, "test": metrics}}, {"validation": 0.8125, "test": 0.8125}, 0.5, 120, None, 1.42,
@@ -36,7 +37,8 @@ def log(experts=8, layers=LAYERS, steps=range(5, 125, 5)):
             weights = [1 + math.sin(step / 40 + e * (n + 1)) * step / 150 for e in range(experts)]
             share = [round(weight / sum(weights), 4) for weight in weights]
             of_layers[name] = {
-                "share": share, "balance_loss": 1 + step / 900, "entropy": 2 - n / 20 - step / 400,
+                "share": share, "gate_mass": [round(0.6 * of, 4) for of in share],
+                "balance_loss": 1 + step / 900, "entropy": 2 - n / 20 - step / 400,
                 "dropped_fraction": 0.0, "divergence": 0.01 * (1 - math.exp(-step / 50)) * (1 + n / 5),
             }  # fmt: skip
         entry = {"step": step, "epoch": step / 120, "loss": 3 * math.exp(-step / 60) + 0.3, "learning_rate": 1e-3}

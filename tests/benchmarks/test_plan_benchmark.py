@@ -21,16 +21,14 @@ def tiny_full_grid(monkeypatch):
 
 def test_every_cell_is_timed_and_judged(tmp_path):
     rows, cells = run(tmp_path, "--tiny")
-    assert len(cells) == 4
-    assert rows[0]["case"] == "all (6 choices)"  # without gradients there are two choices, with a cache and without
+    assert len(cells) == 2
+    assert rows[0]["case"] == "all (3 choices)"  # without gradients there are two choices, with a cache and without
     assert rows[0]["target"] == ">= 1"
     assert {row["case"].rsplit(" (", 1)[0] for row in rows} == {
         "all",
-        *(
-            f"{layout}, {what}"
-            for layout in ("separable", "balanced")
-            for what in ("forward", "forward, cache", "step")
-        ),
+        "forward",
+        "forward, cache",
+        "step",
     }
     for row in rows:
         if row["way"] == "regret":
@@ -45,11 +43,11 @@ def test_goes_on_where_it_was_stopped(tmp_path, tiny_full_grid, monkeypatch):
     monkeypatch.setattr(benchmark, "_measure", None)
     _, again = run(tmp_path)
     assert again == first
-    assert len(first) == 4
+    assert len(first) == 2
 
 
 def test_regret_is_over_the_fastest_way_that_is_possible():
-    cell = benchmark.Cell((24, 36), "balanced", None, 3, 5, False, "cpu", "float32", 1)
+    cell = benchmark.Cell((24, 36), None, 3, 5, False, "cpu", "float32", 1)
     without, with_cache = benchmark._choices({cell: {"apply": [2.0], "rebuild": [3.0], "cached": [1.0]}})
     assert (without.has_cache, with_cache.has_cache) == (False, True)
     assert without.regret == {"apply": 1.0, "rebuild": 1.5}[without.chosen]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpoe.report.page import report_page
-from report_runs import LAYERS, dense, mixture
+from report_runs import LAYERS, dense, log, mixture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -126,6 +126,16 @@ def test_the_heat_map_goes_through_training(open_page):
     slider.press("Home")
     assert slider.get_attribute("aria-valuetext") == "step 5"
     assert page.locator("output[for=heat-0]").inner_text() == "step 5"
+
+
+def test_load_and_gate_mass_go_together(open_page):
+    page = open_page()
+    load, gates = (page.locator("table.heat").nth(n).locator("tbody tr").first.locator("td") for n in range(2))
+    assert (load.all_inner_texts(), gates.all_inner_texts()) == (["13"] * 8, ["6"] * 8), "1/8 and 1/16"
+    page.get_by_role("slider", name="Time").press("Home")
+    first = next(line for line in log() if "layers" in line)["layers"][LAYERS[0]]
+    for cells, name in ((load, "share"), (gates, "gate_mass")):
+        assert cells.all_inner_texts() == [str(round(100 * value)) for value in first[name]]
 
 
 def test_every_token_shows_its_expert_in_every_layer(open_page):

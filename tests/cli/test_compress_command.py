@@ -28,22 +28,44 @@ def numbers(folder):
 
 @pytest.mark.parametrize("calibration", [[], ["--calibration_data", "text.txt", "--calibration_tokens", "64"]])
 def test_a_language_model_before_after_and_beside_the_svd(language_model, capsys, calibration):
-    compress.run(["gpt2", "--budget", "0.8", "-o", "small", "--test_file", "text.txt", *calibration])
+    flags = ["--layout", "balanced", "--test_file", "text.txt", *calibration]
+    compress.run(["gpt2", "--budget", "0.8", "-o", "small", *flags])
     rows = numbers("small")
-    assert rows.keys() == {"before", "MPO (mixed)", "SVD (low_rank)"}
-    assert rows["MPO (mixed)"]["parameters"] <= 0.8 * rows["before"]["parameters"]
+    assert rows.keys() == {"before", "MPO (balanced)", "SVD (low_rank)"}
+    assert rows["MPO (balanced)"]["parameters"] <= 0.8 * rows["before"]["parameters"]
     assert all(row["metrics"]["perplexity"] > 1 for row in rows.values())
-    assert count_parameters(mpoe.from_pretrained("small")).total == rows["MPO (mixed)"]["parameters"]
+    assert count_parameters(mpoe.from_pretrained("small")).total == rows["MPO (balanced)"]["parameters"]
     out = capsys.readouterr().out
     assert "perplexity" in out
     assert "those that lost most" in out
-    measured = rows["MPO (mixed)"]["metrics"]["perplexity"]
+    measured = rows["MPO (balanced)"]["metrics"]["perplexity"]
     assert main(["perplexity", "small", "--test_file", "text.txt"]) == 0  # the saved model, in one more loading
     assert f"{measured:,.4f}" in capsys.readouterr().out
 
 
+def test_the_svd_is_the_default_and_loads_again(language_model, capsys):
+    assert main(["compress", "gpt2", "--budget", "0.8", "-o", "small", "--test_file", "text.txt"]) == 0
+    rows = numbers("small")
+    assert rows.keys() == {"before", "SVD (low_rank)"}
+    config = json.loads(Path("small/config.json").read_text())["quantization_config"]
+    assert (config["layout"], config["auxiliary_start"]) == ("balanced", False)
+    assert all(len(of["site_dims"][0]) in (1, 3) for of in config["matrices"].values())
+    measured = rows["SVD (low_rank)"]["metrics"]["perplexity"]
+    capsys.readouterr()
+    assert main(["perplexity", "small", "--test_file", "text.txt"]) == 0
+    assert f"{measured:,.4f}" in capsys.readouterr().out
+
+
+def test_an_extended_mixture_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mpoe.upcycle(tiny_t5()).save_pretrained("mixture")
+    tiny_tokenizer().save_pretrained("mixture")
+    message = "experts extend the matrices of its base. Compress its dense base instead"
+    assert_refused(["compress", "mixture", "--budget", "0.8", "-o", "out"], message, tmp_path, capsys)
+
+
 def test_a_finished_run_and_its_task(ground, capsys):
-    finetune.run([*FLAGS, "--max_steps", "2", "--save_strategy", "no"])
+    finetune.run([*FLAGS, "--layout", "balanced", "--max_steps", "2", "--save_strategy", "no"])
     task = ["--task", "sentiment", "--data_dir", "data"]
     compress.run(["run", "--budget", "0.9", "--expert_budget", "0.6", "--calibration_data", "task", "-o", "out", *task])
     rows = numbers("out")

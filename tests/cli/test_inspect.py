@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig
 
 import mpoe
 from mpoe.cli.main import main
+from mpoe.models import read_config
+from mpoe.report.model_shape import PUBLISHED, model_shape
+from mpoe.report.variants import variants
 from tiny import assert_refused, tiny_t5, tiny_tokenizer
 from tiny_families import tiny_model
 
-DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
-SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^```text\n\$ mpoe (inspect .*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
 
 
 def printed(capsys, *command):
@@ -41,18 +44,18 @@ def test_every_family_is_counted(name, tmp_path, capsys):
 def test_scale_of_t5_base(capsys):
     lines = printed(capsys, "t5-base", "--scale", "8", "--num_experts", "8")
     assert row(lines, "dense")[:3] == ["222.9", "222.9", "1.000"]
-    assert row(lines, "MPOE separable")[:3] == ["293.8", "293.8", "1.318"]
-    assert row(lines, "MPOE adapter")[:3] == ["293.8", "70.9", "0.318"]
+    assert row(lines, "MPOE extended")[:3] == ["234.8", "234.8", "1.054"]
+    assert row(lines, "MPOE adapter")[:3] == ["234.8", "11.9", "0.054"]  # 2·24·64·3840 and 24·768·8
     assert row(lines, "Switch EP")[:2] == ["1,015.8", "1,015.8"]
     eight = lines[lines.index(next(line for line in lines if line.startswith("8 devices"))) :]
     assert row(eight, "dense")[:3] == ["3.72", "0.78", "0"]  # 16 bytes, and 2 · 7/8 · 2 bytes, of 222.9 M
-    assert row(eight, "MPOE separable")[1:3] == ["1.03", "0"]
+    assert row(eight, "MPOE extended")[1:3] == ["0.82", "0"]
     assert row(eight, "Switch EP")[2] == "0.66"  # 8192 · 4 · 1.25 · 768 · 12 layers · 2 bytes · 7/8
     assert not any(line.startswith("64 devices") for line in lines)
 
 
 def test_scale_without_numbers_is_for_1_to_1000_devices(capsys):
-    lines = printed(capsys, "t5-small", "--scale", "--max_auxiliary_bond", "64")
+    lines = printed(capsys, "t5-small", "--scale", "--expert_rank", "4")
     assert [line.strip() for line in lines if "device" in line and line[0].isdigit()] == [
         "1 device",
         "8 devices",
@@ -85,7 +88,7 @@ def test_scale_of_a_folder_with_a_config(tmp_path, monkeypatch, capsys, config, 
     monkeypatch.chdir(tmp_path)
     config.save_pretrained("model")
     assert row(printed(capsys, "model", "--scale", "8"), "dense")[0] == millions
-    assert "→" in "".join(printed(capsys, "model", "--plan", "64"))
+    assert "→" in "".join(printed(capsys, "model", "--plan", "64", "--layout", "balanced"))
 
 
 def test_a_saved_mixture_and_published_names(tmp_path, monkeypatch, capsys):
@@ -93,13 +96,13 @@ def test_a_saved_mixture_and_published_names(tmp_path, monkeypatch, capsys):
     model = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3, stacks=("encoder",)))
     model.save_pretrained("mixture")
     total = sum(p.numel() for p in model.parameters()) / 1e6
-    assert row(printed(capsys, "mixture", "--scale", "8"), "MPOE separable")[0] == f"{total:.1f}"
+    assert row(printed(capsys, "mixture", "--scale", "8"), "MPOE extended")[0] == f"{total:.1f}"
     assert row(printed(capsys, "llama-2-70b", "--scale", "8"), "dense")[0] == "68,976.6"
     assert "2,851.6" in "".join(printed(capsys, "t5-3b"))
 
 
 def test_plan_shows_every_matrix_and_what_was_chosen(capsys):
-    lines = printed(capsys, "t5-base", "--plan", "--num_experts", "4")
+    lines = printed(capsys, "t5-base", "--plan", "--num_experts", "4", "--layout", "balanced")
     titles = [line.strip() for line in lines if "×" in line]
     shapes = ("3072×768", "768×3072")
     assert titles == [f"{shape}, {what}" for shape in shapes for what in ("evaluation", "a training step")]
@@ -112,7 +115,8 @@ def test_plan_shows_every_matrix_and_what_was_chosen(capsys):
 
 
 def test_both_at_once_and_several_mixtures(capsys):
-    lines = printed(capsys, "t5-small", "--plan", "8", "--scale", "1", "--num_experts", "2", "4")
+    flags = "--plan 8 --scale 1 --num_experts 2 4 --layout balanced"
+    lines = printed(capsys, "t5-small", *flags.split())
     text = "\n".join(lines)
     assert text.count("t5-small, 2 experts") == text.count("t5-small, 4 experts") == 1
     assert text.count("2 experts, bonds") == text.count("4 experts, bonds") == 4
@@ -128,9 +132,12 @@ def test_both_at_once_and_several_mixtures(capsys):
         ("--scale --achieved 2", "achieved must be in (0, 1]; got 2.0"),
         ("--scale --network_bandwidth 0", "network_bandwidth must be > 0 and finite; got 0.0"),
         ("--scale --moe_type none --mpo_layers nompo", "--plan and --scale need a mixture"),
-        ("--scale --num_experts 1", "only mixtures of MPO feed-forward layers are costed"),
-        ("--plan --mpo_layers attention", "only mixtures of MPO feed-forward layers are costed"),
-        ("--plan 0", "tokens must be >= 1; got 0"),
+        ("--scale --num_experts 1", "only mixtures of feed-forward layers whose experts share a matrix are costed"),
+        ("--plan --layout balanced --mpo_layers attention", "only mixtures of feed-forward layers whose experts share"),
+        ("--plan 0 --layout balanced", "tokens must be >= 1; got 0"),
+        ("--plan 8", "only matrices of layout 'balanced' are planned; got 'extended'"),
+        ("--expert_rank 0", "expert_rank must be an integer >= 1; got 0"),
+        ("--linear_trunc 8", "max_bond_dim must be left out with layout 'extended'"),
         ("--plan --plan_on tpu", "invalid choice: 'tpu'"),
     ],
 )
@@ -153,9 +160,20 @@ def test_the_docs_show_what_the_command_prints(capsys, command, output):
     assert [line.rstrip() for line in printed(capsys, *command.split()[1:])] == output.splitlines()
 
 
-def test_the_docs_show_all_the_models_they_speak_of():
-    shown = {command.split()[1] for command, _ in SHOWN}
-    assert shown == {"t5-base", "t5-3b", "t5-11b", "llama-2-7b", "llama-2-70b"}
+def test_the_docs_show_several_models_and_compare_more():
+    """The rows of the page's first table are what `--scale` prints as ratios."""
+    assert {command.split()[1] for command, _ in SHOWN} == {"t5-base", "llama-2-7b", "llama-2-70b"}
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert {name for name, *_ in rows} == {"t5-base", *PUBLISHED}
+    for name, *shown in rows:
+        config = AutoConfig.for_model(**PUBLISHED[name]) if name in PUBLISHED else read_config(name)
+        found = {variant.name: variant for variant in variants(model_shape(config, name), mpoe.MPOEConfig())}
+        extended, adapter, switch = (
+            found[of].total_trained / found["dense"].total for of in ("MPOE extended", "MPOE adapter", "Switch")
+        )
+        flops = found["MPOE extended"].flops_per_token(8192) / found["dense"].flops_per_token(8192)
+        expected = (extended, flops, adapter, switch)
+        assert shown == [f"{value:.{len(text.split('.')[1])}f}" for value, text in zip(expected, shown, strict=True)]
 
 
 def read_json(capsys, *command):
@@ -163,25 +181,57 @@ def read_json(capsys, *command):
     return json.loads(capsys.readouterr().out)
 
 
-def test_json_has_every_matrix_and_what_was_asked_for(capsys):
-    found = read_json(capsys, "t5-small", "--num_experts", "4", "--plan", "32", "--scale", "8")
-    mixture = found["columns"]["4 experts"]
-    assert found["columns"]["dense"]["matrices"] == []
+def check_counts(mixture):
     assert len(mixture["matrices"]) == 24
     assert sum(m["central"] + m["auxiliary"] for m in mixture["matrices"]) == sum(
         mixture["parameters"][part] for part in ("central", "auxiliary")
     )
+
+
+def test_json_has_every_matrix_and_what_was_asked_for(capsys):
+    found = read_json(capsys, "t5-small", "--num_experts", "4", "--expert_rank", "3", "--scale", "8")
+    mixture = found["columns"]["4 experts"]
+    assert found["columns"]["dense"]["matrices"] == []
+    check_counts(mixture)
+    assert {m["auxiliary"] for m in mixture["matrices"]} == {4 * 3 * (2048 + 512)}
+    assert {(m["expert_rank"], m["num_experts"], m["dims"], m["error"]) for m in mixture["matrices"]} == {
+        (3, 4, None, None)
+    }
+    assert {row["devices"] for row in mixture["scale"]} == {8}
+
+
+def test_json_of_a_balanced_mixture_has_its_plan(capsys):
+    found = read_json(capsys, "t5-small", "--num_experts", "4", "--plan", "32", "--scale", "8", "--layout", "balanced")
+    mixture = found["columns"]["4 experts"]
+    check_counts(mixture)
     assert {matrix["error"] for matrix in mixture["matrices"]} == {0.0}
     assert {row["tokens"] for row in mixture["plan"]} == {32}
     assert {row["devices"] for row in mixture["scale"]} == {8}
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_extended_matrices_have_a_rank_and_what_they_add(tmp_path, capsys, is_saved):
+    """64×32 and 32×64 in four layers, three matrices each; 5 experts of rank 4."""
+    model = tiny_t5()
+    if is_saved:
+        mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=5, expert_rank=4))
+    model.save_pretrained(tmp_path / "model")
+    flags = [] if is_saved else ["--num_experts", "5", "--expert_rank", "4"]
+    lines = printed(capsys, str(tmp_path / "model"), *flags)
+    added = f"{4 * 5 * 4 * (64 + 32) / 1e6:.2f}"
+    share = f"{5 * 4 * (64 + 32) / (64 * 32):.1%}"
+    for name, size in (("wi_0", "64×32"), ("wi_1", "64×32"), ("wo", "32×64")):
+        assert row(lines, f"DenseReluDense.{name}") == ["4×", size, "5", "4", added, share]
+    assert not any("--plan" in line for line in lines)
 
 
 def test_the_error_of_a_truncation_is_that_of_the_mixture(tmp_path, capsys):
     dense = tiny_t5()
     dense.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    predicted = read_json(capsys, str(tmp_path / "dense"), "--linear_trunc", "6")["columns"]["8 experts"]["matrices"]
-    mpoe.upcycle(dense, mpoe.MPOEConfig(max_bond_dim=6)).save_pretrained(tmp_path / "mixture")
+    flags = ["--layout", "balanced", "--linear_trunc", "6"]
+    predicted = read_json(capsys, str(tmp_path / "dense"), *flags)["columns"]["8 experts"]["matrices"]
+    mpoe.upcycle(dense, mpoe.MPOEConfig(layout="balanced", max_bond_dim=6)).save_pretrained(tmp_path / "mixture")
     tiny_tokenizer().save_pretrained(tmp_path / "mixture")
     saved = str(tmp_path / "mixture")
     unknown = read_json(capsys, saved)["columns"]["saved mixture"]["matrices"]
@@ -197,11 +247,14 @@ def test_the_error_of_a_truncation_is_that_of_the_mixture(tmp_path, capsys):
 
 def test_a_base_is_for_saved_mixtures(tmp_path, capsys):
     assert_refused(["inspect", "t5-small", "--base", "t5-small"], "base is about a saved mixture", tmp_path, capsys)
+    mpoe.upcycle(tiny_t5()).save_pretrained(tmp_path / "mixture")
+    command = ["inspect", str(tmp_path / "mixture"), "--base", "t5-small"]
+    assert_refused(command, "are extended: leave it out", tmp_path, capsys)
 
 
 def test_what_has_become_of_the_dense_model_is_said(tmp_path, capsys):
     text = " ".join(printed(capsys, "t5-base", "--num_experts", "8"))
-    assert "8 experts: 24 feed-forward layers (encoder 12, decoder 12), +32%" in text
+    assert "8 experts: 24 feed-forward layers (encoder 12, decoder 12), +5%" in text
     assert "--stacks encoder" in text
     text = " ".join(printed(capsys, "t5-base", "--num_experts", "8", "--stacks", "encoder"))
     assert "8 experts: 12 feed-forward layers (encoder alone)" in text

@@ -25,7 +25,7 @@ def finetune(out, *flags):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a mixture, a dense run and an unfinished one."""
+    """A folder with two mixtures and a dense run."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -33,6 +33,7 @@ def made(tmp_path_factory):
         tiny_tokenizer().save_pretrained("model")
         write_cola(write_sentiment(folder / "data"))
         finetune("runs/mpoe", "--stacks", "encoder,decoder")
+        finetune("runs/balanced", "--layout", "balanced")
         finetune("runs/dense", *DENSE)
     return folder
 
@@ -45,15 +46,18 @@ def ground(made, tmp_path, monkeypatch):
 
 
 def test_runs_side_by_side(ground, capsys):
-    assert main(["report", "runs/mpoe", "runs/dense", "--text", TEXT]) == 0
+    runs = ["runs/mpoe", "runs/balanced", "runs/dense"]
+    assert main(["report", *runs, "--text", TEXT]) == 0
     page = (ground / "runs" / "report.html").read_text()
     assert "written to runs/report.html" in capsys.readouterr().out
-    for words in ("encoder 0", "decoder 1", "expert 1:", "Entanglement entropy of bond 1", "Validation accuracy"):
+    for words in (
+        "encoder 0", "decoder 1", "expert 1:", "Entanglement entropy of bond 1", "Validation accuracy", "Gate mass",
+    ):  # fmt: skip
         assert words in page, words
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
     assert page.count("<script>") == 1
     assert str(ground) not in page
-    assert main(["report", "runs/mpoe", "runs/dense", "--no_spectra"]) == 0, "a report may be written anew"
+    assert main(["report", *runs, "--no_spectra"]) == 0, "a report may be written anew"
     page = (ground / "runs" / "report.html").read_text()
     assert "No text was given" in page
     assert "Entanglement entropy of bond" not in page
@@ -66,12 +70,14 @@ def test_one_runs_page_is_in_its_folder_and_the_run_stays_resumable(ground):
     finetune("runs/mpoe", "--stacks", "encoder,decoder")
 
 
-def test_the_log_agrees_with_the_weights(ground):
+@pytest.mark.parametrize("name", ["mpoe", "balanced"])
+def test_the_log_agrees_with_the_weights(ground, name):
     """What training logged at its last step is what is read from the saved model."""
     from mpoe.cli.report import _read
 
-    found = _read("m", ground / "runs" / "mpoe", None, with_spectra=False)
-    last = [line for line in read_log(ground / "runs" / "mpoe") if "layers" in line][-1]
+    found = _read("m", ground / "runs" / name, None, with_spectra=True)
+    last = [line for line in read_log(ground / "runs" / name) if "layers" in line][-1]
+    assert bool(found.spectra) == (name == "balanced"), "extended matrices are no chain of sites"
     assert found.divergence.keys() == last["layers"].keys()
     for name, value in found.divergence.items():
         assert value == pytest.approx(last["layers"][name]["divergence"], rel=1e-4)

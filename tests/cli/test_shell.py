@@ -83,12 +83,17 @@ def test_finetune_help_is_by_subject_and_help_all_has_the_rest(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(["finetune", flag])
         shown[flag] = capsys.readouterr().out
-    titles = ["model:", "mixture:", "routers:", "speed and memory:", "what trains, and how fast:", "task:", "run:"]
+    titles = [
+        "model:", "mixture:", "layout extended:", "layout balanced:", "routers:",
+        "routers of balanced and whole experts:", "speed and memory of layout balanced:", "what trains, and how fast:",
+        "task:", "run:",
+    ]  # fmt: skip
     for text in shown.values():
         places = [text.index(f"\n{title}") for title in [*titles, "from Transformers, the common ones"]]
         assert places == sorted(places)
         assert "--num-experts" not in text
         assert text.index("--router_jitter") > text.index("\nrouters:")
+        assert "\nlayout extended:\n  --expert_rank N" in text
         assert text.index("--max_steps") > text.index("from Transformers")
     assert "--dataloader_pin_memory" not in shown["--help"]
     assert "--dataloader_pin_memory" in shown["--help_all"]

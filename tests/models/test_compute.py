@@ -18,10 +18,6 @@ def test_what_is_multiplied_out_has_a_cache():
     caches = {id(experts.cache) for experts in layers}
     assert len(caches) == 1
     assert layers[0].cache.limit_bytes == 2 * GIB
-    separable = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3))
-    assert all(experts.cache is None for experts in mpo_experts(separable).values())
-    kept = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3, compute="cached"))
-    assert all(experts.cache is not None for experts in mpo_experts(kept).values())
 
 
 def test_only_layers_that_find_room_are_cached():
@@ -33,19 +29,15 @@ def test_only_layers_that_find_room_are_cached():
     assert all(experts.save_bytes == GIB for experts in layers)
 
 
-@pytest.mark.parametrize("sides", ["both", "narrow"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
-def test_every_way_gives_the_same_logits(layout, sides):
-    if (layout, sides) == ("balanced", "narrow"):
-        with pytest.raises(ValueError, match="auxiliary_sides must be"):
-            mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(layout=layout, auxiliary_sides=sides))
-        return
-    model = moved(mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(num_experts=3, layout=layout, auxiliary_sides=sides))).eval()
+@pytest.mark.parametrize("site_dims", [None, {"64x32": [[4, 16, 1], [1, 8, 4]], "32x64": [[8, 4, 1], [1, 64, 1]]}])
+def test_every_way_gives_the_same_logits(site_dims):
+    config = mpoe.MPOEConfig(num_experts=3, layout="balanced", site_dims=site_dims)
+    model = moved(mpoe.upcycle(tiny_t5(), config)).eval()
     batch = {"input_ids": torch.randint(2, 40, (2, 9)), "labels": torch.randint(2, 40, (2, 4))}
     with torch.no_grad():
         expected = model(**batch).logits
         for way in ("apply", "rebuild", "cached"):
-            set_compute(model, mpoe.MPOEConfig(layout=layout, compute=way))
+            set_compute(model, mpoe.MPOEConfig(layout="balanced", compute=way))
             torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     # with gradients "cached" is whatever is cheapest
     model(**batch).loss.backward()

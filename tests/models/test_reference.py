@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpoe
-from mpoe.models import mixtures
+from mpoe.models import expert_shares, mixtures, mpoe_config, reset_usage
 from mpoe.models.reference import import_reference
 from mpoe.mpo import decompose
 from reference_checkpoint import base, write
@@ -105,9 +105,11 @@ def assert_imported(tmp_path, dense, tensors, kind, transposed=False, **options)
     model, batch = import_reference(tensors, dense.config, **options), tiny_batch(vocab_size=dense.config.vocab_size)
     scaled = options.get("is_scale_prob", False)
     expected = logits_of(oracle(dense, tensors, kind, transposed, scaled), batch)
+    reset_usage(model)
     logits = logits_of(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert any(len(set(layer.usage.statistics().share)) > 1 for layer in mixtures(model).values())
+    assert any(len(set(share)) > 1 for share in expert_shares(model).values())
+    assert (mpoe_config(model).layout, mpoe_config(model).balancing) == ("balanced", "loss")
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path / "saved"), batch), logits)
     return model

@@ -9,12 +9,13 @@ from tiny import moved, tiny_t5
 
 
 def make_model(**options):
-    return moved(mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(**{"num_experts": 3, "stacks": ("encoder",), **options})))
+    of = {"num_experts": 3, "layout": "balanced", "stacks": ("encoder",), **options}
+    return moved(mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(**of)))
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
-def test_they_are_those_of_the_matrix_cut_at_the_bond(layout):
-    model = make_model(layout=layout)
+@pytest.mark.parametrize("options", [{}, {"site_dims": {"64x32": [[4, 16, 1], [1, 8, 4]]}}])
+def test_they_are_those_of_the_matrix_cut_at_the_bond(options):
+    model = make_model(**options)
     found = bond_spectra(model)
     experts = mpo_experts(model)
     assert {spectrum.matrix for spectrum in found} == set(experts)
@@ -41,6 +42,7 @@ def test_they_are_those_of_the_matrix_cut_at_the_bond(layout):
 def test_what_has_no_bonds():
     assert bond_spectra(tiny_t5()) == []
     assert bond_spectra(make_model(mpo_layers=())) == []
+    assert bond_spectra(make_model(layout="extended")) == []
 
 
 def test_experts_that_share_nothing_and_matrices_without_experts():

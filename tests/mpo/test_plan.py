@@ -3,11 +3,11 @@ import re
 
 import pytest
 
-from mpoe.mpo import WAYS, SiteDims, machine_of, plan, site_dims
+from mpoe.mpo import WAYS, SiteDims, low_rank_dims, machine_of, plan, site_dims
 from mpoe.mpo.machine import CPU, Machine, Product
 from mpoe.mpo.plan import expected_active, plan_rows
 
-SEPARABLE, BALANCED = site_dims(3072, 768, layout="separable"), site_dims(3072, 768)
+LOW_RANK, BALANCED = low_rank_dims(3072, 768), site_dims(3072, 768)
 MATRIX_BYTES = 4 * 3072 * 768
 ENOUGH = 64 * MATRIX_BYTES
 
@@ -15,8 +15,8 @@ ENOUGH = 64 * MATRIX_BYTES
 @pytest.mark.parametrize(
     ("dims", "max_bond_dim", "tokens", "needs_grad", "cache_bytes", "way"),
     [
-        (SEPARABLE, None, 4096, True, 0, "apply"),
-        (SEPARABLE, None, 1, False, 0, "apply"),
+        (LOW_RANK, 100, 4096, True, 0, "apply"),
+        (LOW_RANK, 100, 1, False, ENOUGH, "apply"),
         (BALANCED, None, 4096, True, ENOUGH, "rebuild"),
         (BALANCED, None, 4096, False, 0, "rebuild"),
         (BALANCED, None, 4096, False, ENOUGH, "cached"),
@@ -42,29 +42,25 @@ def test_the_cache_must_hold_the_matrices_of_all_experts():
 
 @pytest.mark.parametrize("num_experts", [1, 2, 64])
 def test_flops_in_closed_form(num_experts):
-    """DESIGN.md: 1.375 times dense whatever the number of experts; a rebuild is worth 577 tokens of dense work."""
+    """Two factors cost their ranks whatever the number of experts; a rebuild is worth 577 tokens of dense work."""
     tokens = 4096
     dense = 2 * tokens * 3072 * 768
-    of = plan(SEPARABLE, None, num_experts, tokens, cache_bytes=ENOUGH)
+    of = plan(LOW_RANK, 100, num_experts, tokens, cache_bytes=ENOUGH)
     assert of.dense.flops == dense
-    assert of.costs["apply"].flops == 1.375 * dense
+    # and the third site, of one element
+    assert 0 < of.costs["apply"].flops - 2 * tokens * 100 * (3072 + 768) <= 2 * tokens * 100
     assert of.costs["cached"].flops == pytest.approx(dense)
     rebuild = plan(BALANCED, None, num_experts, tokens).costs["rebuild"].flops
     arms = 2 * (12 * 12 * 16 * 192 + 384 * 24 * 16 * 16)
     assert rebuild == pytest.approx(dense + num_experts * (2 * 3072 * 768 * (192 + 384) + arms))
 
 
-def test_narrow_has_one_end():
-    narrow = SiteDims((1, 3072, 1), (1, 2, 384), 3072, 768)
-    made = plan(narrow, None, 8, 512)
-    assert made.costs["apply"].flops == 1.125 * made.dense.flops
-
-
 def test_gradients_cost_two_products_for_each_and_what_is_multiplied_again():
-    forward, step = (plan(SEPARABLE, None, 8, 512, needs_grad=needs_grad) for needs_grad in (False, True))
+    forward, step = (plan(BALANCED, None, 8, 512, needs_grad=needs_grad) for needs_grad in (False, True))
     assert step.dense.flops == 3 * forward.dense.flops
-    right_end = 0.25 * forward.dense.flops / 2
-    assert step.costs["apply"].flops == 3 * forward.costs["apply"].flops + right_end
+    assert step.costs["apply"].flops == 3 * forward.costs["apply"].flops
+    again = 8 * 2 * 3072 * 768 * (192 + 384)  # the merged arms are kept
+    assert step.costs["rebuild"].flops == pytest.approx(3 * forward.costs["rebuild"].flops + again)
     for way in ("apply", "rebuild"):
         assert step.costs[way].seconds > 2 * forward.costs[way].seconds
 
@@ -83,7 +79,7 @@ def test_expected_active(num_experts, tokens, expected):
     assert expected_active(num_experts, tokens) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("dims", [SEPARABLE, BALANCED, site_dims(31, 47), SiteDims((6,), (5,), 6, 5)])
+@pytest.mark.parametrize("dims", [LOW_RANK, BALANCED, site_dims(31, 47), SiteDims((6,), (5,), 6, 5)])
 @pytest.mark.parametrize("max_bond_dim", [None, 1, 7])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_costs_are_positive_and_grow_with_tokens(dims, max_bond_dim, device):
@@ -97,13 +93,13 @@ def test_costs_are_positive_and_grow_with_tokens(dims, max_bond_dim, device):
 
 
 def test_about_as_many_tokens_share_a_plan():
-    assert plan(SEPARABLE, None, 8, 1000) is plan(SEPARABLE, None, 8, 1024)
-    assert plan(SEPARABLE, None, 8, 1000) is not plan(SEPARABLE, None, 8, 2048)
+    assert plan(BALANCED, None, 8, 1000) is plan(BALANCED, None, 8, 1024)
+    assert plan(BALANCED, None, 8, 1000) is not plan(BALANCED, None, 8, 2048)
 
 
 def test_a_way_can_be_asked_for():
     for way in WAYS:
-        made = plan(SEPARABLE, None, 8, 512, way=way)
+        made = plan(BALANCED, None, 8, 512, way=way)
         assert made.way == way
         assert f"{way}:" in made.explain().splitlines()[1]
         assert "chosen, asked for" in made.explain().splitlines()[1]

@@ -31,17 +31,9 @@ def test_the_papers_numbers_for_t5_base():
     assert [math.prod(shape) for shape in dims.site_shapes()] == [144, 36_864, 2_359_296, 147_456, 256]
 
 
-def test_separable_has_the_bonds_of_the_papers_shape():
-    dims = site_dims(3072, 768, layout="separable")
-    assert (dims.out_dims, dims.in_dims) == ((192, 16, 1), (1, 2, 384))
-    assert dims.num_parameters() == (2_359_296, 192**2 + 384**2)
-    assert dims.is_separable
-    assert not site_dims(3072, 768).is_separable
-
-
-@given(SIZES, SIZES, st.sampled_from(["balanced", "separable"]), st.none() | st.integers(1, 200))
-def test_any_size_gets_valid_dimensions(out_features, in_features, layout, cap):
-    dims = site_dims(out_features, in_features, layout=layout, max_auxiliary_bond=cap)
+@given(SIZES, SIZES, st.none() | st.integers(1, 200))
+def test_any_size_gets_valid_dimensions(out_features, in_features, cap):
+    dims = site_dims(out_features, in_features, max_auxiliary_bond=cap)
     assert 0 <= dims.padded_out - out_features <= out_features / 16
     assert 0 <= dims.padded_in - in_features <= in_features / 16
     assert ("padded" in dims.note) == ((dims.padded_out, dims.padded_in) != (out_features, in_features))
@@ -52,8 +44,6 @@ def test_any_size_gets_valid_dimensions(out_features, in_features, layout, cap):
     # A full bond beside the centre is the whole of its arm, so the identity gauge needs no decomposition.
     assert (bonds[c], bonds[c + 1]) == (left, right)
     assert max(left, right) <= (cap or left + right)
-    if layout == "separable":
-        assert dims.is_separable
 
 
 @given(SIZES, SIZES, st.sampled_from([1, 3, 5, 7, 9]))
@@ -71,8 +61,10 @@ def test_a_prime_is_padded_and_a_small_one_falls_back():
 
 
 def test_the_cap_makes_small_auxiliaries():
-    small = site_dims(3072, 768, layout="separable", max_auxiliary_bond=64)
-    assert small.num_parameters() == (2_359_296, 2 * 64**2)
+    small = site_dims(3072, 768, max_auxiliary_bond=64)
+    assert small.bond_dims() == (1, 6, 48, 48, 8, 1)
+    # 1·2·3·6, 6·2·4·48, 48·3·2·8 and 8·2·4·1
+    assert small.num_parameters() == (2_359_296, 36 + 2304 + 2304 + 64)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +73,6 @@ def test_the_cap_makes_small_auxiliaries():
         ({"out_features": 0, "in_features": 4}, "out_features must be >= 1; got 0"),
         ({"out_features": 4, "in_features": -1}, "in_features must be >= 1; got -1"),
         ({"out_features": 4, "in_features": 4, "num_sites": 4}, "num_sites must be odd"),
-        ({"out_features": 4, "in_features": 4, "num_sites": 5, "layout": "separable"}, "has 3 sites"),
-        ({"out_features": 4, "in_features": 4, "layout": "diagonal"}, "'balanced' or 'separable'"),
         ({"out_features": 4, "in_features": 4, "max_auxiliary_bond": 0}, "max_auxiliary_bond must be >= 1"),
     ],
 )
@@ -100,7 +90,7 @@ def test_dimensions_that_do_not_multiply_out():
 
 def test_huge_matrices_are_cut_in_a_moment():
     """Their divisors are not found by trying every number up to a bond."""
-    dims = site_dims(2_391_506_372, 2**31 - 1, layout="separable")
+    dims = site_dims(2_391_506_372, 2**31 - 1)
     assert 0 <= dims.padded_out - 2_391_506_372 <= 2_391_506_372 // 16
     with pytest.raises(ValueError, match="out_features must be at most 1099511627776; got 2199023255552"):
         site_dims(2**41, 8)

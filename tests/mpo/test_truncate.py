@@ -9,8 +9,9 @@ from mpoe.mpo import MPO, SiteDims, decompose, low_rank_dims, site_dims, truncat
 from mpoe.mpo.budget import Option, give_out
 from mpoe.mpo.truncate import cut, cuts
 
+THREE_SITES = SiteDims((8, 4, 1), (1, 3, 16), 32, 48)
 DIMS = [
-    site_dims(32, 48, layout="separable"), site_dims(31, 47, layout="separable"), site_dims(32, 48),
+    THREE_SITES, SiteDims((4, 8, 1), (1, 4, 12), 31, 47), site_dims(32, 48),
     site_dims(24, 36, 7), low_rank_dims(32, 48), low_rank_dims(48, 32), SiteDims((9,), (7,), 9, 7),
 ]  # fmt: skip
 
@@ -83,7 +84,7 @@ def test_with_moments_the_outputs_are_kept(size):
 
 
 def test_experts_are_cut_in_the_same_place():
-    dims = site_dims(32, 48, layout="separable")
+    dims = THREE_SITES
     chain = chain_of(decompose(random_matrix(dims), dims))
     chain[0] = chain[0] + 0.01 * torch.randn(3, *chain[0].shape[1:], dtype=torch.float64)
     chain[2] = chain[2] + 0.01 * torch.randn(3, *chain[2].shape[1:], dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_experts_are_cut_in_the_same_place():
 
 
 def test_a_zero_matrix_is_cut_to_nothing():
-    dims = site_dims(12, 18, layout="separable")
+    dims = SiteDims((3, 4, 1), (1, 3, 6), 12, 18)
     chain = chain_of(decompose(torch.zeros(12, 18), dims))
     assert all(of_bond.lost.eq(0).all() for of_bond in cuts(chain, dims))
     smaller = operator_of(cut(chain, dims, dims.bond_dims((1, 1))), dims)
@@ -110,7 +111,7 @@ def options_of(matrices):
     return [
         [
             Option(dims, 1, tuple(of_bond.lost for of_bond in cuts(chain_of(decompose(matrix, dims)), dims)))
-            for dims in (site_dims(8, 12, layout="separable"), low_rank_dims(8, 12), SiteDims((8,), (12,), 8, 12))
+            for dims in (SiteDims((4, 2, 1), (1, 3, 4), 8, 12), low_rank_dims(8, 12), SiteDims((8,), (12,), 8, 12))
         ]
         for matrix in matrices
     ]
@@ -141,7 +142,7 @@ def test_a_budget_for_everything_keeps_matrices_whole_and_one_for_nothing_is_ref
 
 
 def test_auxiliary_tensors_can_have_a_budget_of_their_own():
-    dims = site_dims(32, 48, layout="separable")
+    dims = THREE_SITES
     options = [
         [Option(dims, 8, tuple(of_bond.lost for of_bond in cuts(chain_of(decompose(random_matrix(dims), dims)), dims)))]
         for _ in range(2)

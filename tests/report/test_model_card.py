@@ -51,7 +51,8 @@ def test_it_says_what_the_model_is_and_what_it_reached():
     metrics = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert metrics == {"matthews_correlation": 0.5, "accuracy": 0.8}
     for text in (
-        "4 experts of a feed-forward layer share one large central tensor", "to 1 of them",
+        "4 experts of a feed-forward layer share its matrices, and each adds a matrix of rank 8", "to 2 of them",
+        "| layout | extended |", "| expert_rank | 8 |",
         "| all | 3,340 |", "| met by one token | 3,140 |", "| the dense model | 3,000 |",
         "| the same mixture of whole experts | 9,040 |", "| cola | test | matthews | 0.5000 |",
         "| cola | validation | rows | 10 |", "20 steps", "| learning_rate | 0.0003 |", "gao-etal-2022-parameter",
@@ -95,9 +96,14 @@ def test_texts_of_others_are_only_texts():
     ("changes", "text"),
     [
         ({"mixture": None}, "A fine-tuned T5ForConditionalGeneration of google/flan-t5-small."),
-        ({"mixture": MPOEConfig(num_experts=1, mpo_layers=("mlp", "attention"))}, "whose mlp, attention are matrix"),
+        ({"mixture": MPOEConfig(moe_type="none", expert_rank=4)}, "are extended by rank 32, without a router."),
+        ({"mixture": MPOEConfig(layout="balanced")}, "share one large central tensor a matrix"),
+        (
+            {"mixture": MPOEConfig(num_experts=1, layout="balanced", mpo_layers=("mlp", "attention"))},
+            "whose mlp, attention are matrix product operators.",
+        ),
         ({"mixture": MPOEConfig(mpo_layers=())}, "are whole matrices"),
-        ({"mixture": MPOEConfig(share_central=False)}, "that share nothing"),
+        ({"mixture": MPOEConfig(share_central=False, layout="balanced")}, "that share nothing"),
         ({"is_adapter": True}, "An adapter that makes a mixture of experts of google/flan-t5-small"),
         ({"mixture": None, "export": {"how": "expert 1 of every layer"}}, "exported by mpoe from a mixture of experts"),
     ],

@@ -120,13 +120,33 @@ def test_characters_that_act_are_spelt():
 
 
 def test_data_for_the_script_is_whole(page):
-    (heat,) = [attributes for attributes in page.tags("table") if "data-shares" in attributes]
-    shares = json.loads(heat["data-shares"])
-    assert len(shares) == 25, "24 logging steps, and the evaluation at the end"
+    heat, gates = [attributes for attributes in page.tags("table") if "data-values" in attributes]
+    shares, masses = json.loads(heat["data-values"]), json.loads(gates["data-values"])
+    assert len(shares) == len(masses) == 25, "24 logging steps, and the evaluation at the end"
     assert all(abs(sum(layer) - 100_000) <= 100 for step in shares for layer in step)
+    assert all(abs(sum(layer) - 60_000) <= 100 for step in masses[:-1] for layer in step)
+    assert all(sum(layer) == 50_000 for layer in masses[-1])
+    assert float(heat["data-even"]) == pytest.approx(100_000 / 8, rel=1e-3)
+    assert float(gates["data-even"]) == pytest.approx((24 * 60_000 + 50_000) / 25 / 8, rel=1e-3)
+    assert heat["data-heat"] == gates["data-heat"]
     slider = next(attributes for attributes in page.tags("input") if attributes["id"] == heat["data-heat"])
     names = json.loads(slider["data-names"])
     assert (names[0], names[-1], slider["max"]) == ("step 5", "evaluation at the end", "24")
+
+
+def test_an_older_log_has_no_gate_mass():
+    lines = report_runs.log(steps=(5, 10))
+    for line in lines:
+        for of in line["layers"].values():
+            del of["gate_mass"]
+    old = Page(report_page([RunReport("old", "m", log=lines)]))
+    assert len([attributes for attributes in old.tags("table") if "data-values" in attributes]) == 1
+    assert "Smallest gate mass" not in old.words
+    both = Page(report_page([RunReport("old", "m", report_runs.result(), log=lines)]))
+    _, gates = [attributes for attributes in both.tags("table") if "data-values" in attributes]
+    values = json.loads(gates["data-values"])
+    assert values[0] == values[1] == [[None] * 8] * 8
+    assert values[2] == [[6250] * 8] * 8
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpoe
 from mpoe.config import MPOEConfig
-from mpoe.models import routers
-from mpoe.nn import MPOExperts
+from mpoe.models import routers, sharing_experts
 from mpoe.report.model_shape import ModelShape, model_shape
 from mpoe.report.scaling import Hardware, Step, Traffic, all_reduce, all_to_all, reduce_scatter, step_cost
 from mpoe.report.scaling_table import SCALE_DEVICES, step_table, variant_table
@@ -22,7 +21,7 @@ from mpoe.report.variants import variants
 from tiny import tiny_batch, tiny_t5
 
 TINY = ModelShape("tiny", {"decoder": 2}, (("up", 8, 4), ("down", 4, 8)), 4, other_parameters=36, lookup_parameters=0)
-NAMES = ("dense", "MPOE separable", "MPOE adapter", "MPOE balanced", "Switch", "Switch EP")
+NAMES = ("dense", "MPOE extended", "MPOE adapter", "MPOE balanced", "Switch", "Switch EP")
 HARDWARE = Hardware(
     device_flops=1000.0,
     achieved=0.5,
@@ -31,7 +30,7 @@ HARDWARE = Hardware(
     node_bandwidth=100.0,
     network_bandwidth=20.0,
 )
-STEP = Step(tokens_per_device=10, separable_overhead=2.0, balanced_overhead=3.0)
+STEP = Step(tokens_per_device=10, extended_overhead=2.0, balanced_overhead=3.0)
 COUNTS = st.integers(1, 4096)
 
 
@@ -83,21 +82,21 @@ def test_dense_by_hand():
 
 
 def test_mpoe_by_hand():
-    """E = 2: 8×4 and 4×8 with one end of 2·2 each, routers of 2·5 in both blocks."""
+    """E = 2, R = 8: factors of 8×4 and 4×8, routers of 2·4, in both blocks."""
     found = named()
-    separable, adapter, balanced = (found[f"MPOE {name}"] for name in ("separable", "adapter", "balanced"))
-    own = 2 * 2 * (4 + 4 + 1 + 1) + 2 * 10  # an end that has but one dimension is a number
-    assert (separable.total, separable.total_trained, adapter.total_trained) == (164 + own, 164 + own, own)
-    assert cost(separable, 2).reduced == Traffic(2 / 2 * (164 + own) * 2, 0)
+    extended, adapter, balanced = (found[f"MPOE {name}"] for name in ("extended", "adapter", "balanced"))
+    own = 2 * (2 * 2 * 8 * (8 + 4) + 2 * 4)
+    assert (extended.total, extended.total_trained, adapter.total_trained) == (164 + own, 164 + own, own)
+    assert cost(extended, 2).reduced == Traffic(2 / 2 * (164 + own) * 2, 0)
     assert cost(adapter, 2).reduced == Traffic(2 / 2 * own * 2, 0)
     gathers, gradients = 2 / 2 * (164 + own) * 2, 1 / 2 * own * 2
     assert cost(adapter, 2, is_sharded=True).reduced == Traffic(gathers + gradients, 0)
     assert cost(adapter, 1).memory == (164 + own) * 2 + own * 14 + 160
-    assert cost(separable, 1).compute_s == (10 * separable.plain_flops + 2 * 10 * separable.mpo_flops) / 500
-    rebuilt = 3 * (10 * balanced.mpo_flops + balanced.rebuild_flops)
+    assert cost(extended, 1).compute_s == (10 * extended.plain_flops + 2 * 10 * extended.shared_flops) / 500
+    rebuilt = 3 * (10 * balanced.shared_flops + balanced.rebuild_flops)
     assert cost(balanced, 1).compute_s == (10 * balanced.plain_flops + rebuilt) / 500
     assert cost(balanced, 1).memory == balanced.total * 16 + 2 * 64 * 4 + 160
-    assert {cost(variant, n, sharded).exchanged.total for variant in (separable, adapter, balanced)
+    assert {cost(variant, n, sharded).exchanged.total for variant in (extended, adapter, balanced)
             for n in (1, 8, 1000) for sharded in (False, True)} == {0}  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def test_switch_by_hand():
 
 
 def test_experts_that_are_not_divided_are_copied():
-    found = named(capacity_factor=1.0)
+    found = named(layout="balanced", capacity_factor=1.0)
     one_set = dataclasses.replace(STEP, expert_devices=1)
     for is_sharded in (False, True):
         divided, copied = (cost(found[name], 6, is_sharded, one_set) for name in ("Switch EP", "Switch"))
@@ -160,9 +159,11 @@ def test_more_devices_never_need_more_memory_each_and_never_compute_slower(devic
 def test_the_order_of_what_is_sent(devices, experts):
     """Auxiliaries alone < dense < MPOE < whole experts on every device."""
     found = named(
-        ModelShape("one", {"decoder": 2}, (("up", 96, 24), ("down", 24, 96)), 24, 999, 0), num_experts=experts
+        ModelShape("one", {"decoder": 2}, (("up", 96, 24), ("down", 24, 96)), 24, 999, 0),
+        num_experts=experts,
+        expert_rank=2,
     )
-    sent = [cost(found[name], devices).reduced.total for name in ("dense", "MPOE separable", "Switch")]
+    sent = [cost(found[name], devices).reduced.total for name in ("dense", "MPOE extended", "Switch")]
     assert sent == sorted(sent)
     assert cost(found["MPOE adapter"], devices).reduced.total < sent[1]
     extra = cost(found["MPOE adapter"], devices).reduced.total
@@ -177,11 +178,9 @@ def test_ddp_sums_just_the_gradients_that_the_model_says(trained, tmp_path):
     found = named(shape, num_experts=4)
     if trained == "adapter":
         model.requires_grad_(False)
-        for module in (*routers(model).values(), *(m for m in model.modules() if isinstance(m, MPOExperts))):
-            module.requires_grad_(True)
-        for module in model.modules():
-            if isinstance(module, MPOExperts):
-                module.central.requires_grad_(False)
+        own = [factor for experts in sharing_experts(model).values() for factor in experts.auxiliary.values()]
+        for parameter in (*own, *(p for router in routers(model).values() for p in router.parameters())):
+            parameter.requires_grad_(True)
     sent = []
 
     def hook(group, bucket):
@@ -195,7 +194,7 @@ def test_ddp_sums_just_the_gradients_that_the_model_says(trained, tmp_path):
         parallel(**tiny_batch(rows=1, length=2, label_length=1)).loss.backward()
     finally:
         torch.distributed.destroy_process_group()
-    variant = found["MPOE separable" if trained == "everything" else "MPOE adapter"]
+    variant = found["MPOE extended" if trained == "everything" else "MPOE adapter"]
     assert sum(sent) == 4 * variant.total_trained
 
 

@@ -47,15 +47,30 @@ def test_parameters_are_in_millions_and_small_ones_keep_their_digits():
 def test_routers_fit_a_terminal_and_show_every_layer():
     share = [0.5, 0.25, 0.2, 0.05, 0.0, 0.0, 0.0, 0.0]
     routers = {
-        f"encoder.block.{b}.layer.1.DenseReluDense": RouterStatistics(share, share, 0.0, 1.25) for b in range(12)
+        f"encoder.block.{b}.layer.1.DenseReluDense": RouterStatistics(share, share, share, 0.0, 1.25) for b in range(12)
     }
     lines = lines_of(router_table(routers))
     assert lines[-2].split() == ["encoder.block.11.layer.1", *"50% 25% 20% 5% 0% 0% 0% 0% 1.25".split()]
     assert not any("…" in line for line in lines)
     assert max(map(len, lines)) <= WIDTH
-    routers["last"] = RouterStatistics(share, share, 0.125, 0.5)
+    routers["last"] = RouterStatistics(share, share, share, 0.125, 0.5)
     assert not any("…" in line for line in lines_of(router_table(routers)))
     assert lines_of(router_table(routers))[-2].split()[-2:] == ["0.50", "12%"]
+
+
+def test_gate_mass_stands_below_load_where_it_is_another_number():
+    """The second expert is selected by its bias alone."""
+    share = [0.5, 0.5, 0.0]
+    learned = RouterStatistics(share, [0.8, 0.1, 0.1], [0.8, 0.001, 0.0], 0.0, 0.25)
+    lines = lines_of(router_table({"a.0.mlp": learned, "a.1.mlp": RouterStatistics(share, share, share, 0.0, 1.0)}))
+    found = [line.split() for line in lines if line.split()[:1] in (["a.0"], ["gates"], ["a.1"])]
+    assert found == [
+        ["a.0", "50%", "50%", "0%", "0.25"],
+        ["gates", "80%", "0%", "0%"],
+        ["a.1", "50%", "50%", "0%", "1.00"],
+    ]
+    assert "gates: the mean weight of each expert" in " ".join(" ".join(lines).split())
+    assert "gates" not in " ".join(lines_of(router_table({"a.1.mlp": RouterStatistics(share, share, share, 0.0, 1.0)})))
 
 
 def test_what_trains_adds_up():

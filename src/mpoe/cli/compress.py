@@ -1,4 +1,4 @@
-"""`mpoe compress`: a model with fewer parameters, its matrices truncated MPOs; what it lost, beside the plain SVD."""
+"""`mpoe compress`: a model with fewer parameters, its matrices truncated MPOs; what it lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mpoe.training.tasks import get_task, load_task
 
 OF_THE_TASK = "task"  # as calibration data: the training rows of --task
 REPORT_FILE = "compression.json"
-LAYOUTS = {"mixed": ("separable", "low_rank")}
+NAMES = {"low_rank": "SVD (low_rank)", "balanced": "MPO (balanced)"}
 
 
 @dataclass
@@ -39,12 +39,9 @@ class CompressArguments:
         default="mlp,attention",
         metadata={"help": "Dense models: comma list of what is compressed, word_embed, mlp, attention."},
     )
-    layout: Literal["separable", "balanced", "low_rank", "mixed"] = field(
-        default="mixed",
-        metadata={
-            "help": "Dense models: how matrices are cut into sites; low_rank is the plain SVD, mixed gives every "
-            "matrix the better of separable and low_rank."
-        },
+    layout: Literal["low_rank", "balanced"] = field(
+        default="low_rank",
+        metadata={"help": "Dense models: how matrices are cut into sites; low_rank is the plain SVD."},
     )
     expert_budget: float | None = field(
         default=None,
@@ -111,7 +108,7 @@ def run(argv: Sequence[str]) -> None:
     components = tuple(part.strip() for part in args.mpo_layers.split(",") if part.strip())
     moments = _moments(args, model, tokenizer, task, texts, components)
     shrink = partial(compress, model, args.budget, components, expert_budget=args.expert_budget, moments=moments)
-    found = {args.layout: shrink(LAYOUTS.get(args.layout, (args.layout,)))}
+    found = {args.layout: shrink((args.layout,))}
     with new_folder(Path(args.output_dir)) as folder:
         found[args.layout].model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -120,7 +117,7 @@ def run(argv: Sequence[str]) -> None:
         found["low_rank"] = shrink(("low_rank",))
     rows = [_row("before", model, None, yardstick, tokenizer)]
     for layout, compressed in found.items():
-        name = "SVD (low_rank)" if layout == "low_rank" else f"MPO ({layout})" if not is_upcycled(model) else "after"
+        name = "after" if is_upcycled(model) else NAMES[layout]
         rows.append(_row(name, compressed.model, compressed, yardstick, tokenizer))
     of_what = "matrices" if moments is None else "outputs on the calibration data"
     title = f"{args.model} at {args.budget:g} of its parameters; relative error of the {of_what}, root mean square"

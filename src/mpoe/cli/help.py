@@ -22,12 +22,20 @@ COMMON = (
 
 # What a mixture's flags are about, where there are too many for one heading.
 SUBJECTS = {
-    "routers": (
-        "moe_type", "top_k", "routing", "is_scale_prob", "router_gradient", "capacity_factor", "eval_capacity_factor",
-        "second_policy_train", "second_policy_eval", "second_threshold", "router_jitter", "load_balancing_coef",
-        "router_z_loss_coef",
+    "layout extended": ("expert_rank", "expert_scale", "expert_activation"),
+    "layout balanced": (
+        "linear_trunc", "emb_trunc", "attention_trunc", "num_sites", "max_auxiliary_bond", "site_dims", "gauge",
+        "share_central", "offset_scale", "expert_noise", "expert_bias",
     ),
-    "speed and memory": ("compute", "matrix_cache_gib", "matrix_save_gib"),
+    "routers": (
+        "moe_type", "top_k", "routing", "frozen_router", "balancing", "balancing_step", "load_balancing_coef",
+        "router_z_loss_coef", "router_jitter",
+    ),
+    "routers of balanced and whole experts": (
+        "is_scale_prob", "router_gradient", "capacity_factor", "eval_capacity_factor", "second_policy_train",
+        "second_policy_eval", "second_threshold",
+    ),
+    "speed and memory of layout balanced": ("compute", "matrix_cache_gib", "matrix_save_gib"),
 }  # fmt: skip
 
 MANY = 8  # choices that are not listed in the help, but by the error message about a wrong one

@@ -34,7 +34,7 @@ from mpoe.models.upcycle import swap_modules
 from mpoe.mpo.machine import machine_of
 from mpoe.nn import MPOExperts
 from mpoe.report import PlainConsole, layers_of_stacks, parameter_table
-from mpoe.report.matrices_table import MATRICES_LEGEND, matrices_table
+from mpoe.report.matrices_table import matrices_legend, matrices_table
 from mpoe.report.model_shape import PUBLISHED, ModelShape, model_shape
 from mpoe.report.plan_table import PLAN_LEGEND, PLAN_TOKENS, plan_table, rows_of_plan
 from mpoe.report.scaling import Hardware, Step, step_cost
@@ -62,7 +62,7 @@ class InspectArguments:
     plan: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Print how the planner would compute each matrix of a layer for so many tokens, "
+            "help": "balanced: print how the planner would compute each matrix of a layer for so many tokens, "
             f"{', '.join(map(str, PLAN_TOKENS))} if no number follows."
         },
     )
@@ -103,6 +103,8 @@ def run(argv: Sequence[str]) -> None:
         columns = {f"{n} experts": mixture_args.mpoe_config(n) for n in args.num_experts}
     if args.base is not None and saved is None:
         raise ValueError(f"base is about a saved mixture; {args.model} is dense, and its own base: leave it out")
+    if args.base is not None and any(mixture is not None and mixture.is_extended for mixture in columns.values()):
+        raise ValueError(f"base is about truncated matrices; those of {args.model} are extended: leave it out")
     console = PlainConsole()
     if args.json:
         print(json.dumps(_as_json(args, config, columns, step, hardware), indent=2))
@@ -167,11 +169,13 @@ def _print_parameters(
             console.print(f"{column}: {layers_of_stacks(model)}{_growth(counts[column])}.")
     if config.is_encoder_decoder and any(map(mixtures, models.values())) and not asks_for_stacks:
         console.print("Where a task's answers are labels, mpoe finetune changes the encoder alone: --stacks encoder.")
-    console.print("--plan says how matrices are multiplied and at what cost, --scale what a training step takes.")
+    console.print("--scale says what a training step takes on several devices.")
+    if any(isinstance(module, MPOExperts) for model in models.values() for module in model.modules()):
+        console.print("--plan says how matrices are multiplied and at what cost.")
     facts = _facts(args, config, list(models.values())[-1])
     if facts:
         console.print(matrices_table(facts, f"Matrices, {list(models)[-1]}"))
-        console.print(MATRICES_LEGEND)
+        console.print(matrices_legend(facts))
 
 
 def _growth(count: ParameterCount) -> str:

@@ -96,7 +96,7 @@ def compress(
     """Truncate the matrices of a model to a number of parameters.
 
     Args:
-        model: Dense, or a mixture of MPOs that share their central tensors; it stays as it is.
+        model: Dense, or a mixture of layout "balanced" that shares its central tensors; it stays as it is.
         budget: Parameters of the result, all of them, as a share of the model's, in (0, 1].
         components: Of a dense model: which matrices become MPOs, of `mpoe.config.COMPONENTS`. Of a mixture: all that
             are MPOs, whatever this says.
@@ -203,13 +203,14 @@ def _config_of(
             raise ValueError("expert_budget is about the experts of a mixture; this model is dense: leave it out")
         if not components or not layouts or not set(layouts) <= LAYOUTS.keys():
             raise ValueError(f"layouts must be among {', '.join(LAYOUTS)}, and components given; got {list(layouts)}")
-        config = MPOEConfig(num_experts=1, moe_type="none", mpo_layers=tuple(components))
+        config = MPOEConfig(num_experts=1, moe_type="none", mpo_layers=tuple(components), layout="balanced")
         if "word_embed" in config.mpo_layers:
             config = with_tied_head(model, find_embedding(model, model.config.model_type), config)
     elif not any(isinstance(module, MPOExperts) for module in model.modules()) or not config.share_central:
         raise ValueError(
-            "the model must be dense, or a mixture of MPOs that share their central tensors; this one's experts are "
-            "whole matrices, on a quantised base or of their own: compress its dense base instead"
+            "the model must be dense, or a mixture of layout 'balanced' that shares its central tensors; this one's "
+            f"experts {'extend the matrices of its base' if config.is_extended else 'share nothing'}. Compress its "
+            "dense base instead"
         )
     return dataclasses.replace(
         config, gauge="central", auxiliary_start=False, matrices=None, site_dims=None, max_bond_dim=None,

@@ -272,6 +272,7 @@ def _mixture_config(
         moe_type=layout.moe_type,
         mpo_layers=layout.components,
         layout="balanced",
+        balancing="loss",
         num_sites=layout.num_sites,
         site_dims=site_dims,
         gauge="sqrt",

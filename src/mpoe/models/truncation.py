@@ -1,4 +1,4 @@
-"""Every matrix of a mixture: its sites and bonds, its parameters, and what its truncation lost."""
+"""Every matrix of a mixture: its parameters, its rank or its sites and bonds, and what its truncation lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpoe.models.find import find_matrices, matrix_of
 from mpoe.models.merge import empty_like
 from mpoe.models.router_loss import mpoe_config
 from mpoe.mpo import SiteDims, decompose, truncation_error
-from mpoe.nn import MPOExperts
+from mpoe.nn import ExtendedExperts, MPOExperts
 
 
 @dataclass(frozen=True)
@@ -24,38 +24,44 @@ class MatrixFacts:
 
     Attributes:
         name: Of its layer in the dense model.
-        dims: Site dimensions.
-        bonds: d_0 .. d_m.
+        out_features: Rows, count.
+        in_features: Columns, count.
         num_experts: E, count; 1 without a mixture.
         central: Parameters of the central tensor, count.
         auxiliary: Parameters of all experts' auxiliary tensors, count.
-        error: Relative Frobenius error of the matrix, of several experts the root mean square; None where it cannot be
-            known.
+        expert_rank: Of an extended matrix: the rank of each expert, count; None of an MPO.
+        dims: Of an MPO: site dimensions; None of an extended matrix.
+        bonds: Of an MPO: d_0 .. d_m.
+        error: Of an MPO: relative Frobenius error of the matrix, of several experts the root mean square; None where it
+            cannot be known.
     """
 
     name: str
-    dims: SiteDims
-    bonds: tuple[int, ...]
+    out_features: int
+    in_features: int
     num_experts: int
     central: int
     auxiliary: int
-    error: float | None
+    expert_rank: int | None = None
+    dims: SiteDims | None = None
+    bonds: tuple[int, ...] = ()
+    error: float | None = None
 
     @property
     def is_cut(self) -> bool:
         """Whether any bond is less than full."""
-        return self.bonds != self.dims.bond_dims()
+        return self.dims is not None and self.bonds != self.dims.bond_dims()
 
 
 @torch.no_grad()
 def matrix_facts(mixture: PreTrainedModel, dense: PreTrainedModel | None = None) -> list[MatrixFacts]:
-    """The facts of every MPO of a mixture, in the model's order; none of experts that are whole matrices.
+    """The facts of every matrix that experts share, in the model's order; none of experts that are whole matrices.
 
     Args:
         mixture: With its weights, or on the meta device.
         dense: What it was upcycled from, with its weights. Against it the matrices of a mixture with weights are
             measured; for one on the meta device the error is that which upcycling would make. None: the error is 0
-            where no bond is cut and the mixture has no weights, and unknown elsewhere.
+            where no bond is cut and the mixture has no weights, and unknown elsewhere. Extended matrices have no error.
     """
     config = mpoe_config(mixture)
     if config is None:
@@ -63,14 +69,17 @@ def matrix_facts(mixture: PreTrainedModel, dense: PreTrainedModel | None = None)
     facts = []
     for name, place in logging.tqdm(find_matrices(empty_like(mixture), config).items(), desc="Measuring", delay=2):
         experts = mixture.get_submodule(place)
-        if not isinstance(experts, MPOExperts):
+        if not isinstance(experts, MPOExperts | ExtendedExperts):
             continue
-        bonds = experts.dims.bond_dims(experts.max_bond_dim)
-        auxiliary = sum(offset.numel() for offset in experts.offsets)
-        error = _error(experts, None if dense is None else matrix_of(dense.get_submodule(name)))
-        facts.append(
-            MatrixFacts(name, experts.dims, bonds, experts.num_experts, experts.central.numel(), auxiliary, error)
-        )
+        size = experts.out_features, experts.in_features
+        central = math.prod(size) if experts.central is None else experts.central.numel()  # None: quantised
+        counts = experts.num_experts, central, sum(own.numel() for own in experts.auxiliary.values())
+        if isinstance(experts, ExtendedExperts):
+            facts.append(MatrixFacts(name, *size, *counts, expert_rank=experts.rank))
+        else:
+            bonds = experts.dims.bond_dims(experts.max_bond_dim)
+            error = _error(experts, None if dense is None else matrix_of(dense.get_submodule(name)))
+            facts.append(MatrixFacts(name, *size, *counts, dims=experts.dims, bonds=bonds, error=error))
     return facts
 
 

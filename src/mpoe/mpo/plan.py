@@ -1,8 +1,7 @@
-"""Which way to compute y_t = W_{e(t)} x_t costs least: a cost model of the ways, from shapes alone.
+"""Which way to compute y_t = W_{e(t)} x_t with MPOs costs least: a cost model of the ways, from shapes alone.
 
-"apply": the site tensors one after the other, W_e never multiplied out. In the separable layout with 3 sites that is
-two small products per expert around one with the central tensor for all tokens; any other MPO is contracted with the
-tokens of one expert after the other, in the cheapest order.
+"apply": the site tensors are contracted with the tokens of one expert after the other, in the cheapest order; W_e is
+never multiplied out.
 "rebuild": W_e of every active expert multiplied out, a dense product, and in the backward pass the same again.
 "cached": W_e is there from an earlier call; evaluation only.
 

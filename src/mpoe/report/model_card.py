@@ -115,7 +115,7 @@ def _is_ours(facts: CardFacts) -> bool:
 def _tags(facts: CardFacts) -> list[str]:
     tags = ["mpoe"]
     if facts.mixture is not None:
-        tags.append("matrix-product-operator")
+        tags += ["matrix-product-operator"] if facts.mixture.mpo_layers and not facts.mixture.is_extended else []
         tags += ["mixture-of-experts"] if facts.mixture.is_mixture else []
     return tags
 
@@ -131,9 +131,16 @@ def _summary(facts: CardFacts) -> str:
     if config is None:
         return f"A fine-tuned {markdown(facts.model_class)}{of}."
     if not config.is_mixture:
-        return f"A {markdown(facts.model_class)}{of} whose {', '.join(config.mpo_layers)} are matrix product operators."
+        kind = (
+            f"feed-forward matrices are extended by rank {config.num_experts * config.expert_rank}, without a router"
+            if config.is_extended
+            else f"{', '.join(config.mpo_layers)} are matrix product operators"
+        )
+        return f"A {markdown(facts.model_class)}{of} whose {kind}."
     experts = (
-        "share one large central tensor a matrix, and each owns small auxiliary tensors: the matrices are matrix "
+        f"share its matrices, and each adds a matrix of rank {config.expert_rank} to each of them"
+        if config.is_extended
+        else "share one large central tensor a matrix, and each owns small auxiliary tensors: the matrices are matrix "
         "product operators (MPOE)"
     )
     if "mlp" not in config.mpo_layers:
@@ -225,7 +232,8 @@ def _making(facts: CardFacts) -> list[str]:
     parts = []
     if facts.mixture is not None:
         values = facts.mixture.to_dict()
-        chosen = {name: values[name] for name in ("num_experts", "layout", "gauge", "mpo_layers")}
+        of_layout = "expert_rank" if facts.mixture.is_extended else "gauge"
+        chosen = {name: values[name] for name in ("num_experts", "layout", of_layout, "mpo_layers")}
         parts += ["The mixture:", _flags(chosen | facts.mixture.to_diff_dict(), "setting")]
     if facts.flags is not None and facts.results is not None:
         flags, steps = public_flags(facts.flags), facts.results.steps

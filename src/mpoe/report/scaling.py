@@ -59,8 +59,8 @@ class Step:
         optimizer_bytes: Of the optimizer's state for a trained weight. The defaults, 2 + 2 + 12, are bfloat16 with
             Adam's two moments and the weight itself in float32 (ZeRO, Rajbhandari et al., SC 2020, §3.1).
         expert_devices: p, the devices over which Switch's experts are divided, count; None is one an expert.
-        separable_overhead: Time of a separable FFN over that of a dense one, divided by the same ratio of FLOPs,
-            dimensionless. The default was measured on a CPU, see docs/scaling.md.
+        extended_overhead: Time of an extended FFN over that of a dense one, divided by the same ratio of FLOPs,
+            dimensionless. The default is an estimate for a CPU.
         balanced_overhead: The same for a balanced FFN.
     """
 
@@ -73,9 +73,9 @@ class Step:
     expert_devices: int | None = field(
         default=None, metadata={"help": "Devices over which Switch's experts are divided; one an expert if left out."}
     )
-    separable_overhead: float = field(
+    extended_overhead: float = field(
         default=1.1,
-        metadata={"help": "FFN time over dense, by FLOPs over dense, in the separable layout; of a CPU."},
+        metadata={"help": "FFN time over dense, by FLOPs over dense, in the extended layout; estimated for a CPU."},
     )
     balanced_overhead: float = field(default=1.2, metadata={"help": "The same in the balanced layout."})
 
@@ -227,16 +227,16 @@ def step_cost(variant: Variant, devices: int, is_sharded: bool, step: Step, hard
 
 
 def compute_seconds(variant: Variant, step: Step, hardware: Hardware) -> float:
-    """FLOPs of a device over the FLOP/s that it achieves, those in MPOs times their overhead.
+    """FLOPs of a device over the FLOP/s that it achieves, those in matrices that experts share times their overhead.
 
     Args:
         variant: What is trained.
         step: Its tokens and overheads.
         hardware: The device.
     """
-    overhead = step.separable_overhead if variant.is_separable else step.balanced_overhead
-    in_mpos = step.tokens_per_device * variant.mpo_flops + variant.rebuild_flops
-    flops = step.tokens_per_device * variant.plain_flops + overhead * in_mpos
+    overhead = step.balanced_overhead if variant.multiplied_out else step.extended_overhead
+    shared = step.tokens_per_device * variant.shared_flops + variant.rebuild_flops
+    flops = step.tokens_per_device * variant.plain_flops + overhead * shared
     return flops / (hardware.device_flops * hardware.achieved)
 
 

@@ -16,7 +16,7 @@ SCALE_DEVICES = (1, 8, 64, 1000)
 
 SCALE_LEGEND = (
     "DDP: everything is copied to every device. FSDP: weights, gradients and optimizer state are sharded over all "
-    "devices. EP: every device has a part of the experts. adapter: separable, with only auxiliaries and routers "
+    "devices. EP: every device has a part of the experts. adapter: extended, with only experts and routers "
     "trained. !: does not fit. reduce: gradients, and FSDP's gathers. in turn: nothing is sent while computing, at "
     "once: all of it is. Times follow from data sheets; nothing here was measured on such devices."
 )

@@ -1,18 +1,18 @@
 """Ways to train one model, by parameters and FLOPs, whatever the number of devices: dense, MPOE and Switch.
 
-Letters: T tokens, E experts, K experts per token, D model width; of a matrix's MPO: a, b the bonds left and right of
-the central tensor, o, i its dimensions, p, q all dimensions of the left and of the right arm together.
+Letters: T tokens, E experts, K experts per token, R expert rank; D, F input and output width of a matrix; of a matrix's
+MPO: a, b the bonds left and right of the central tensor, o, i its dimensions, p, q all dimensions of the left and of
+the right arm together.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mpoe.config import MPOEConfig
+from mpoe.config import LAYOUTS, MPOEConfig
 from mpoe.models.matrices import empty_mpo
 from mpoe.mpo import Caps, SiteDims
 from mpoe.mpo.plan import plan
@@ -34,11 +34,10 @@ class Variant:
         shape: The dense model.
         parameters: Those that every device has, or gathers, count.
         trained: Of these, count.
-        plain_flops: Of a token outside of MPOs, training.
-        mpo_flops: Of a token in MPOs, training.
+        plain_flops: Of a token outside of matrices that experts share, training.
+        shared_flops: Of a token in matrices that experts share, training.
         rebuild_flops: Of a device and step, training: multiplying out, whatever the number of tokens.
-        multiplied_out: Elements that are multiplied out at one time, those of one layer, count.
-        is_separable: Whether its MPOs are.
+        multiplied_out: Elements that are multiplied out at one time, those of one layer, count; 0 but for "balanced".
         expert_parameters: Whole experts, all trained, that are divided over devices, count.
         experts: E, among how many, count.
         exchanged: Values of a token that travel to experts on other devices and back, count.
@@ -49,10 +48,9 @@ class Variant:
     parameters: int
     trained: int
     plain_flops: float
-    mpo_flops: float = 0.0
+    shared_flops: float = 0.0
     rebuild_flops: float = 0.0
     multiplied_out: int = 0
-    is_separable: bool = False
     expert_parameters: int = 0
     experts: int = 1
     exchanged: float = 0.0
@@ -73,7 +71,7 @@ class Variant:
         Args:
             tokens: T of a device and step, count.
         """
-        return self.plain_flops + self.mpo_flops + self.rebuild_flops / tokens
+        return self.plain_flops + self.shared_flops + self.rebuild_flops / tokens
 
 
 def variants(shape: ModelShape, config: MPOEConfig) -> list[Variant]:
@@ -81,21 +79,25 @@ def variants(shape: ModelShape, config: MPOEConfig) -> list[Variant]:
 
     Args:
         shape: The dense model.
-        config: The mixture. In the layout that it does not name, sites are the library's own choice.
+        config: The mixture. What it does not say of the others (the other layout, whole experts) is their default; so
+            is the number of experts per token where it says neither `moe_type` nor `top_k`.
 
     Raises:
-        ValueError: Something else than a mixture of MPO feed-forward layers, or stacks and blocks that are not there.
+        ValueError: Something else than a mixture of feed-forward layers that share their matrices, or stacks and blocks
+            that are not there.
     """
+    _check(config)
     blocks = mixture_blocks(shape, config)
-    other = dataclasses.replace(
-        config,
-        layout="balanced" if config.layout == "separable" else "separable",
-        num_sites=None,
-        site_dims=None,
-    )
-    mpoe = {of.layout: _mpoe(shape, of, blocks) for of in (config, other)}
-    adapter = _mpoe(shape, config if config.layout == "separable" else other, blocks, is_adapter=True)
-    return [_dense(shape), mpoe["separable"], adapter, mpoe["balanced"], *_switch(shape, config, blocks)]
+    extended, balanced = (config if config.layout == of else _like(config, layout=of) for of in LAYOUTS)
+    whole = _like(config, layout="balanced", mpo_layers=())
+    capacity = config.capacity_factor or SWITCH_CAPACITY
+    return [
+        _dense(shape),
+        _extended(shape, extended, blocks),
+        _extended(shape, extended, blocks, is_adapter=True),
+        _balanced(shape, balanced, blocks),
+        *_switch(shape, whole, blocks, capacity),
+    ]
 
 
 def matmul_flops(weights: float, passes: int = TRAINED) -> float:
@@ -114,17 +116,17 @@ def matmul_flops(weights: float, passes: int = TRAINED) -> float:
     return 2 * passes * weights
 
 
-def separable_adds(dims: SiteDims, max_bond_dim: Caps = None) -> tuple[float, float]:
-    """Multiply-adds of one token in y = L (C (R x)): with C, and with the ends L and R.
+def extended_adds(config: MPOEConfig, out_features: int, in_features: int) -> int:
+    """Multiply-adds of one token with the experts of an extended matrix, which are as many as their parameters.
 
-    a·o·i·b with C; i·b·q with R, which acts on each of i parts of x, and o·p·a with L.
+    E·R·(D + F): all experts are computed at once, and the router's gates are between the two products.
 
     Args:
-        dims: Separable site dimensions, three sites.
-        max_bond_dim: Truncation, count; None is none.
+        config: `num_experts` and `expert_rank`.
+        out_features: F, count.
+        in_features: D, count.
     """
-    central = math.prod(dims.site_shapes(max_bond_dim)[dims.central])
-    return central, plan(dims, max_bond_dim, 1, tokens=1).costs["apply"].flops / 2 - central
+    return config.num_experts * config.expert_rank * (out_features + in_features)
 
 
 def rebuild_adds(dims: SiteDims, max_bond_dim: Caps = None) -> float:
@@ -142,7 +144,7 @@ def rebuild_adds(dims: SiteDims, max_bond_dim: Caps = None) -> float:
 
 
 def ffn_experts(shape: ModelShape, config: MPOEConfig) -> list[MPOExperts]:
-    """The matrices of one FFN as a mixture's experts, without values, on the meta device.
+    """The matrices of one FFN as a balanced mixture's experts, without values, on the meta device.
 
     Args:
         shape: The dense model.
@@ -151,10 +153,11 @@ def ffn_experts(shape: ModelShape, config: MPOEConfig) -> list[MPOExperts]:
     Raises:
         ValueError: A config that makes no MPOs of feed-forward layers.
     """
-    if not config.is_mixture or config.mpo_layers != ("mlp",):
+    _check(config)
+    if config.is_extended:
         raise ValueError(
-            "only mixtures of MPO feed-forward layers are costed: num_experts >= 2, moe_type 'switch' or 'moe', "
-            f"mpo_layers ('mlp',); got {config.num_experts}, {config.moe_type!r}, {config.mpo_layers}"
+            "only matrices of layout 'balanced' are planned; got 'extended', whose matrices are computed in one way: "
+            "W for all tokens at once, and beside it U and V of all experts. Add --layout balanced"
         )
     with torch.device("meta"):
         bias = "none" if config.expert_bias == "base" else config.expert_bias  # these sizes are of bases without
@@ -188,32 +191,58 @@ def _dense(shape: ModelShape) -> Variant:
     return Variant("dense", shape, shape.parameters, shape.parameters, flops)
 
 
-def _mpoe(shape: ModelShape, config: MPOEConfig, blocks: int, is_adapter: bool = False) -> Variant:
-    layer, kept, router = _layer(shape, config), _kept(shape, blocks), _router(shape, config, blocks)
-    base = FROZEN if is_adapter else TRAINED
-    total = kept + router + blocks * (layer.central + layer.own)
-    flops = matmul_flops(layer.base_adds, base) + matmul_flops(layer.end_adds)
+def _check(config: MPOEConfig) -> None:
+    if not config.is_mixture or config.mpo_layers != ("mlp",):
+        raise ValueError(
+            "only mixtures of feed-forward layers whose experts share a matrix are costed: num_experts >= 2, moe_type "
+            f"'switch' or 'moe', mpo_layers ('mlp',); got {config.num_experts}, {config.moe_type!r}, "
+            f"{config.mpo_layers}"
+        )
+
+
+def _like(config: MPOEConfig, **options: Any) -> MPOEConfig:
+    """Another mixture of as many experts, in the same places."""
+    same = {name: getattr(config, name) for name in ("num_experts", "moe_type", "top_k", "stacks", "layers")}
+    return MPOEConfig(**same, **options)
+
+
+def _extended(shape: ModelShape, config: MPOEConfig, blocks: int, is_adapter: bool = False) -> Variant:
+    own = blocks * sum(extended_adds(config, out, inner) for _, out, inner in shape.ffn)
+    kept, router, base = _kept(shape, blocks), _router(shape, config, blocks), FROZEN if is_adapter else TRAINED
+    total, new = shape.parameters + router + own, router + own
     return Variant(
-        name="MPOE adapter" if is_adapter else f"MPOE {config.layout}",
+        name="MPOE adapter" if is_adapter else "MPOE extended",
         shape=shape,
         parameters=total,
-        trained=router + blocks * layer.own if is_adapter else total,
+        trained=new if is_adapter else total,
         plain_flops=matmul_flops(_met(shape, kept - shape.other_parameters), base)
         + matmul_flops(router / len(shape.stacks)),
-        mpo_flops=flops * config.experts_per_token * blocks / len(shape.stacks),
-        rebuild_flops=matmul_flops(layer.rebuild_adds) * blocks,
-        multiplied_out=layer.multiplied_out,
-        is_separable=layer.multiplied_out == 0,
+        shared_flops=(matmul_flops(blocks * shape.ffn_parameters, base) + matmul_flops(own)) / len(shape.stacks),
     )
 
 
-def _switch(shape: ModelShape, config: MPOEConfig, blocks: int) -> tuple[Variant, Variant]:
+def _balanced(shape: ModelShape, config: MPOEConfig, blocks: int) -> Variant:
+    experts, kept, router = ffn_experts(shape, config), _kept(shape, blocks), _router(shape, config, blocks)
+    total = kept + router + blocks * sum(p.numel() for mpo in experts for p in mpo.parameters())
+    rebuilt = config.num_experts * sum(rebuild_adds(mpo.dims, mpo.max_bond_dim) for mpo in experts)
+    return Variant(
+        name="MPOE balanced",
+        shape=shape,
+        parameters=total,
+        trained=total,
+        plain_flops=matmul_flops(_met(shape, kept - shape.other_parameters) + router / len(shape.stacks)),
+        shared_flops=matmul_flops(config.experts_per_token * blocks * shape.ffn_parameters / len(shape.stacks)),
+        rebuild_flops=matmul_flops(rebuilt) * blocks,
+        multiplied_out=config.num_experts * shape.ffn_parameters,
+    )
+
+
+def _switch(shape: ModelShape, config: MPOEConfig, blocks: int, capacity: float) -> tuple[Variant, Variant]:
     stacks, router = len(shape.stacks), _router(shape, config, blocks)
     kept = _kept(shape, blocks)
     plain = matmul_flops(_met(shape, kept - shape.other_parameters) + router / stacks)
     met = matmul_flops(config.experts_per_token * blocks * shape.ffn_parameters / stacks)
     experts = config.num_experts * blocks * shape.ffn_parameters
-    capacity = config.capacity_factor or SWITCH_CAPACITY
     everywhere = Variant("Switch", shape, kept + router + experts, kept + router + experts, plain + met)
     divided = Variant(
         "Switch EP",
@@ -240,45 +269,5 @@ def _met(shape: ModelShape, ffn_parameters: float) -> float:
 
 
 def _router(shape: ModelShape, config: MPOEConfig, blocks: int) -> int:
-    """Parameters of all routers, each a linear layer with a bias."""
-    return (shape.d_model + 1) * config.num_experts * blocks
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One FFN as a mixture: parameters, and multiply-adds of the forward.
-
-    Attributes:
-        central: Parameters of the central tensors.
-        own: Parameters of all experts.
-        base_adds: Of a token, with the central tensors or with matrices that are multiplied out.
-        end_adds: Of a token, with what is the expert's own.
-        rebuild_adds: Of a step, for all experts.
-        multiplied_out: Elements of the matrices of all experts; 0 if they are applied as they are.
-    """
-
-    central: int = 0
-    own: int = 0
-    base_adds: float = 0
-    end_adds: float = 0
-    rebuild_adds: float = 0
-    multiplied_out: int = 0
-
-    def __add__(self, other: _Layer) -> _Layer:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return _Layer(*(a + b for a, b in pairs))
-
-
-def _layer(shape: ModelShape, config: MPOEConfig) -> _Layer:
-    return sum(map(_matrix, ffn_experts(shape, config)), _Layer())
-
-
-def _matrix(mpo: MPOExperts) -> _Layer:
-    dims, experts = mpo.dims, mpo.num_experts
-    central = mpo.central.numel()
-    own = sum(p.numel() for p in mpo.parameters()) - central
-    if dims.is_separable and dims.num_sites == 3:
-        base, ends = separable_adds(dims, mpo.max_bond_dim)
-        return _Layer(central, own, base, ends)
-    whole = dims.out_features * dims.in_features
-    return _Layer(central, own, whole, 0, experts * rebuild_adds(dims, mpo.max_bond_dim), experts * whole)
+    """Parameters of all routers, each a linear layer, with a bias but for extended matrices."""
+    return (shape.d_model + (not config.is_extended)) * config.num_experts * blocks

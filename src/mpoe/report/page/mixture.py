@@ -22,8 +22,9 @@ def usage_charts(runs: Sequence[RunReport]) -> list[Chart]:
     found = [
         _over_layers(runs, "Router entropy, nats", lambda values: values.get("entropy")),
         _over_layers(runs, "Load-balancing loss, 1 when balanced", lambda values: values.get("balance_loss")),
-        _over_layers(runs, "Largest share of an expert", lambda values: max(values["share"])),
-        _over_layers(runs, "Smallest share of an expert", lambda values: min(values["share"])),
+        _over_layers(runs, "Largest load of an expert, share", lambda values: max(values["share"])),
+        _over_layers(runs, "Smallest load of an expert, share", lambda values: min(values["share"])),
+        _over_layers(runs, "Smallest gate mass of an expert", lambda values: min(values.get("gate_mass", [None]))),
     ]
     if any(values.get("dropped_fraction") for run in runs for e in run.routed for values in e["layers"].values()):
         found.append(_over_layers(runs, "Dropped assignments, share", lambda values: values.get("dropped_fraction")))
@@ -52,43 +53,72 @@ def _over_layers(
 
 @dataclass(frozen=True)
 class Heat:
-    """Shares of tokens by layer and expert, over training.
+    """Load and gate mass by layer and expert, over training.
 
     Attributes:
         layers: Label and full name.
         experts: Count.
         times: What each stop of the slider is called.
-        shares: In thousandths of a per cent, by stop, layer and expert.
+        tables: Load, and gate mass if it is known.
     """
 
     layers: Sequence[tuple[str, str]]
     experts: int
     times: Sequence[str]
-    shares: Sequence[Sequence[Sequence[int]]]
+    tables: Sequence[HeatTable]
+
+
+@dataclass(frozen=True)
+class HeatTable:
+    """One of a run's heat maps; numbers are in thousandths of a per cent.
+
+    Attributes:
+        title: What is shown.
+        even: What each expert would have if all had as much as each other.
+        values: By stop, layer and expert; None where it was not logged.
+    """
+
+    title: str
+    even: float
+    values: Sequence[Sequence[Sequence[int | None]]]
 
 
 def heat(run: RunReport) -> Heat | None:
     """The heat map of a run; None of one without experts."""
     labels = run.labels()
-    stops = [
-        (f"step {entry['step']:,}", {name: values["share"] for name, values in entry["layers"].items()})
-        for entry in thin(run.routed, MOST_HEATS)
+    stops: list[tuple[str, Mapping[str, Mapping[str, Any]]]] = [
+        (f"step {entry['step']:,}", entry["layers"]) for entry in thin(run.routed, MOST_HEATS)
     ]
     if run.result is not None and run.result.routers:
-        stops.append(("evaluation at the end", {name: router.share for name, router in run.result.routers.items()}))
-    layers = list(dict.fromkeys(name for _, shares in stops for name in shares))
-    experts = max((len(share) for _, shares in stops for share in shares.values()), default=0)
+        stops.append(("evaluation at the end", {name: vars(router) for name, router in run.result.routers.items()}))
+    layers = list(dict.fromkeys(name for _, of_layers in stops for name in of_layers))
+    experts = max((len(of["share"]) for _, of_layers in stops for of in of_layers.values()), default=0)
     if not experts:
         return None
+    found = [
+        _heat_table(title, key, [of_layers for _, of_layers in stops], layers, experts)
+        for title, key in (("Load", "share"), ("Gate mass", "gate_mass"))
+    ]
     return Heat(
         [(printable(labels[name]), printable(name)) for name in layers],
         experts,
         [time for time, _ in stops],
-        [
-            [[round(100_000 * share) for share in shares.get(name, [0] * experts)] for name in layers]
-            for _, shares in stops
-        ],
+        [table for table in found if table is not None],
     )
+
+
+def _heat_table(
+    title: str, key: str, stops: Sequence[Mapping[str, Mapping[str, Any]]], layers: Sequence[str], experts: int
+) -> HeatTable | None:
+    values: list[list[list[int | None]]] = [
+        [
+            [None if value is None else round(100_000 * value) for value in of.get(name, {}).get(key, [None] * experts)]
+            for name in layers
+        ]
+        for of in stops
+    ]
+    sums = [sum(known) for of in values for row in of if (known := [value for value in row if value is not None])]
+    return HeatTable(title, statistics.fmean(sums) / experts, values) if sums else None
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,12 @@ for (const group of document.querySelectorAll("[data-switch]")) {
 }
 
 for (const table of document.querySelectorAll("[data-heat]")) {
-  const shares = JSON.parse(table.dataset.shares), most = Math.min(100000, 3 * Number(table.dataset.even));
+  const values = JSON.parse(table.dataset.values), most = Math.min(100000, 3 * Number(table.dataset.even));
   const rows = [...table.tBodies[0].rows].map((row) => [...row.querySelectorAll("td")]);
   onSlide(table.dataset.heat, (at) => {
     rows.forEach((cells, layer) => cells.forEach((cell, expert) => {
-      const share = shares[at][layer][expert], heat = Math.min(1, share / most);
-      cell.textContent = String(Math.round(share / 1000));
+      const value = values[at][layer][expert], heat = Math.min(1, (value || 0) / most);
+      cell.textContent = value === null ? "–" : String(Math.round(value / 1000));
       cell.style.setProperty("--heat", `${Math.round(heat * 100)}%`);
       // where text has more contrast in the other colour: in the dark theme sooner than in the light one
       cell.classList.toggle("hot", heat > 0.54);
