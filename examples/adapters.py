@@ -1,4 +1,4 @@
-"""Two tasks on one base: train only what is small, save it as adapters, switch between them in place.
+"""Two tasks on one base: train only experts and routers, save them as adapters, switch between them in place.
 
 Usage: python examples/adapters.py MODEL [OUT]
 MODEL is a folder with a T5, for instance the one that `mpoe demo` makes in ~/.cache/mpoe, or a name on the hub.
@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import mpoe
-from mpoe.nn import MPOExperts
 
 REVIEWS = ["A warm and witty film.", "Two hours that I will not get back.", "A marvel.", "Dull from start to end."]
 TASKS = {"sentiment": ["positive", "negative", "positive", "negative"], "length": ["long", "long", "short", "long"]}
@@ -39,13 +38,10 @@ def main(path: str, out: str) -> None:
 
 
 def train(path: str, batch: dict, labels: torch.Tensor) -> torch.nn.Module:
-    """Ten steps on auxiliary tensors and routers; everything else stays the base's."""
+    """Ten steps on the experts and routers; the base is frozen."""
     model = AutoModelForSeq2SeqLM.from_pretrained(path)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before upcycle: what it adds trains
     mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=4, stacks=["encoder"]))
-    for module in model.modules():
-        if isinstance(module, MPOExperts):
-            module.offsets.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     model.train()
     for _ in range(10):
@@ -57,7 +53,7 @@ def train(path: str, batch: dict, labels: torch.Tensor) -> torch.nn.Module:
 
 
 def logits_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """What the model says to the first token of an answer."""
+    """Return the logits of the first token of an answer."""
     with torch.no_grad():
         return model.eval()(**batch, decoder_input_ids=torch.zeros(len(REVIEWS), 1, dtype=torch.long)).logits
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A new small GPT-2 is trained on a corpus, and goes on three times for the same tokens: dense, +Switch and +MPOE. Each
-# then writes sentences, which are scored against the test part; one table shows all of it.
+# Train a new small GPT-2 on a corpus, then continue three times for the same tokens: dense, and as the paper's +Switch
+# and +MPOE. Each model writes sentences, which are scored against the test part. One table shows all results.
 #
 # Usage: bash examples/gpt2_variants.sh CORPUS OUT [STEPS] [MORE_STEPS] [FLAG ...]
 # CORPUS is a folder with train.txt and test.txt, a sentence a line. Flags are those of mpoe finetune, for all trainings.
@@ -27,8 +27,8 @@ if [[ -z "${MODEL:-}" ]]; then
   MODEL=$out/base
 fi
 train dense "$MODEL" "$more" 3e-4 --num_experts 1 --mpo_layers nompo "$@"
-train switch "$MODEL" "$more" 3e-4 --num_experts 8 --mpo_layers nompo "$@"
-train mpoe "$MODEL" "$more" 3e-4 --num_experts 8 --mpo_layers mlp --gradient_mask_prob 0.5 "$@"
+train switch "$MODEL" "$more" 3e-4 --num_experts 8 --mpo_layers nompo --balancing loss "$@"
+train mpoe "$MODEL" "$more" 3e-4 --num_experts 8 --layout balanced --balancing loss --gradient_mask_prob 0.5 "$@"
 for name in dense switch mpoe; do
   [[ -f "$out/$name/scores.json" ]] || "${bin}mpoe" generate "$out/$name" $'\n' --num_samples 500 --max_new_tokens 60 \
     --do_sample --top_k 0 --stop_at_newline --batch_size 50 --reference "$corpus/test.txt" \

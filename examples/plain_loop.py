@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import mpoe
-from mpoe.models import count_parameters, expert_shares
+from mpoe.models import count_parameters, expert_shares, reset_usage
 
 REVIEWS = ["A warm and witty film.", "Two hours that I will not get back.", "A marvel.", "Dull from start to end."]
 LABELS = ["positive", "negative", "positive", "negative"]
@@ -29,8 +29,9 @@ def main(path: str, out: str) -> None:
     labels[labels == tokenizer.pad_token_id] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
+    reset_usage(model)  # counts tokens per expert from here
     for step in range(10):
-        loss = model(**batch, labels=labels).loss  # the routers' balance loss is in it while the model trains
+        loss = model(**batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

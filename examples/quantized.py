@@ -1,4 +1,4 @@
-"""Experts around a base in int8: train what is small, save it as an adapter, load that onto a fresh base in int8.
+"""Experts around a base in int8: train the experts, save them as an adapter, load it onto a fresh base in int8.
 
 Usage: python examples/quantized.py MODEL TEXT [STEPS] [OUT]
 MODEL is a folder with a causal language model and its tokenizer, or a name on the hub; TEXT a text file. The base is
@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 import mpoe
 from mpoe.models import memory_bytes
-from mpoe.nn import FrozenBaseExperts, MPOExperts
 
 BLOCK, BATCH = 128, 1  # tokens, blocks
 
@@ -42,11 +41,8 @@ def run(path: str, text: str, steps: int, out: str, kind: str) -> None:
     blocks = blocks_of(path, text)
     model = load(path)
     print(f"{kind}: parameters and buffers of the base {memory_bytes(model) / 1e6:.0f} MB")
-    model.requires_grad_(False)  # before the upcycling: what that adds trains
+    model.requires_grad_(False)  # before upcycle: what it adds trains
     mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=8))
-    for module in model.modules():
-        if isinstance(module, MPOExperts | FrozenBaseExperts):
-            module.offsets.requires_grad_(True)
     print(f"{kind}: of the mixture {memory_bytes(model) / 1e6:.0f} MB; peak memory so far {peak_bytes() / 1e6:.0f} MB")
     train(model, blocks, steps)
     print(f"{kind}: peak memory with training {peak_bytes() / 1e6:.0f} MB")
@@ -74,7 +70,7 @@ def blocks_of(path: str, text: str) -> torch.Tensor:
 
 
 def train(model: PreTrainedModel, blocks: torch.Tensor, steps: int) -> None:
-    """A plain loop; the routers' losses are part of `loss`."""
+    """Train in a plain loop."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
