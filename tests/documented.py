@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -156,6 +158,14 @@ def finished_runs(*folders: str) -> None:
     flags = "--objective causal-lm --model_name_or_path gpt2 --corpus book.txt --max_steps 1 --block_size 16 --use_cpu"
     for folder in folders:
         finetune([*flags.split(), "--num_experts", "2", "--eval_strategy", "no", "--output_dir", folder])
+
+
+def balanced_mixture(folder: str) -> None:
+    """A mixture in the paper's layout, which has routed exports."""
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    config = mpoe.MPOEConfig(num_experts=4, layout="balanced", balancing="loss")
+    mpoe.upcycle(model, config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M").save_pretrained(folder)
 
 
 def write_adapters(*folders: str) -> None:
