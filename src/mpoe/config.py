@@ -338,7 +338,7 @@ class MPOEConfig:
                 if values.get("mpo_layers"):
                     raise ValueError(
                         "layout 'separable' is retired, and this is a mixture in it; mpoe 0.1.0 is the last version "
-                        "that reads it (pip install mpoe==0.1.0)"
+                        "that reads it: load it there and train again in layout 'extended' here"
                     )
                 values["layout"] = "balanced"  # whole experts, which have no layout
         known = {field.name for field in dataclasses.fields(cls)}

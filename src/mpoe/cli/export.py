@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> LogitDifference:
     _check(model, args)
     rows = _rows(model, tokenizer, texts, args.max_tokens)
     with new_folder(output) as folder:
-        console.print(f"Writing {_how(args)} ...")
+        console.print(f"Writing {_how(args, model)} ...")
         _exported(model, tokenizer, rows, kind, args).save_pretrained(folder)
         load_tokenizer(base_of(args.model)).save_pretrained(folder)
         console.print("Loading it again as Transformers does ...")
@@ -118,10 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _how(args: argparse.Namespace) -> str:
+def _how(args: argparse.Namespace, model: PreTrainedModel) -> str:
     if args.routed:
         return "experts and routers"
-    return "the mean of all experts" if args.expert is None else f"expert {args.expert} of every layer"
+    if args.expert is not None:
+        return f"expert {args.expert} of every layer"
+    config = mpoe_config(model)
+    return "mean gates" if config is not None and config.is_extended else "the mean of all experts"
 
 
 def _check(model: PreTrainedModel, args: argparse.Namespace) -> None:
@@ -214,7 +217,7 @@ def _record(
 ) -> dict[str, Any]:
     experts = next((layer.up.num_experts for layer in mixtures(model).values()), 1)
     return {
-        "how": _how(args),
+        "how": _how(args, model),
         "from": f"{type(model).__name__} of {experts} experts",
         "to": type(exported).__name__,
         "logits": {"text": text, **dataclasses.asdict(found)},
