@@ -126,7 +126,8 @@ class ExtendedExperts(Float32Module):
             g = (gates * self.scale).to(u.dtype)
             h = (u.view(len(u), self.num_experts, self.rank) * g.unsqueeze(2)).view_as(u)
         V = self.offsets_V.to(y.dtype)
-        return y.addmm_(h, V.T) if type(self.base) is nn.Linear else torch.addmm(y, h, V.T)
+        in_place = type(self.base) is nn.Linear and y.dtype == h.dtype  # autocast skips some quantised weights
+        return y.addmm_(h, V.T) if in_place else torch.addmm(y, h, V.T)
 
     def _add_selected(self, y: Tensor, x: Tensor, gates_N: Tensor, dispatch: Dispatch) -> Tensor:
         U_ERD = self.offsets_U.to(x.dtype).view(self.num_experts, self.rank, self.in_features)
