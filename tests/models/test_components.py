@@ -64,7 +64,7 @@ def batch_of(**sizes):
 
 
 def config_of(mpo_layers=ALL, **options):
-    return mpoe.MPOEConfig(**{"num_experts": 3, "mpo_layers": mpo_layers, **options})
+    return mpoe.MPOEConfig(**{"num_experts": 3, "layout": "balanced", "mpo_layers": mpo_layers, **options})
 
 
 def trained_model(version=V1_1, **options):
@@ -84,12 +84,11 @@ def logits_and_loading(kind, folder, batch):
 
 
 @pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize(("mpo_layers", "moe_type"), COMBINATIONS)
 @VERSIONS
-def test_the_function_is_preserved(version, layout, gauge, mpo_layers, moe_type):
+def test_the_function_is_preserved(version, gauge, mpo_layers, moe_type):
     dense, batch = dense_t5(version), batch_of()
-    model = mpoe.upcycle(copy.deepcopy(dense), config_of(mpo_layers, layout=layout, gauge=gauge, moe_type=moe_type))
+    model = mpoe.upcycle(copy.deepcopy(dense), config_of(mpo_layers, gauge=gauge, moe_type=moe_type))
     is_untied = "word_embed" in mpo_layers and version is V1_1
     assert len(names_of(model, MPOLinear)) == 4 * 6 * ("attention" in mpo_layers) + is_untied
     assert names_of(model, MPOEmbedding) == ["shared"] * ("word_embed" in mpo_layers)
@@ -138,10 +137,9 @@ def test_the_users_of_the_table_are_one_module(version):
     assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @VERSIONS
-def test_gradients_reach_everything_under_gradient_checkpointing_too(version, layout):
-    model, batch = mpoe.upcycle(dense_t5(version), config_of(layout=layout, num_experts=2)).train(), batch_of(rows=8)
+def test_gradients_reach_everything_under_gradient_checkpointing_too(version):
+    model, batch = mpoe.upcycle(dense_t5(version), config_of(num_experts=2)).train(), batch_of(rows=8)
     gradients = []
     for enable in (False, True):
         if enable:
@@ -170,10 +168,10 @@ def test_bfloat16(tmp_path, version):
     model, batch = mpoe.upcycle(dense_t5(version), config_of()), batch_of()
     model.save_pretrained(tmp_path)
     low = mpoe.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in low.named_parameters() if ".router." not in name} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(low, batch).float(), logits_of(model, batch), rtol=0.1, atol=0.3)
     low.train()(**batch).loss.backward()
-    assert {p.grad.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert all(p.grad.dtype == p.dtype for p in low.parameters())
 
 
 def test_truncation_is_each_components_own():
