@@ -53,12 +53,13 @@ def take_over_quantizer(model: PreTrainedModel) -> None:
 
 
 def refuse_saving_with_lora(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` fail on a model that carries a LoRA adapter: it would write the adapter and nothing else.
+    """Make `save_pretrained` fail on a model that carries a LoRA adapter: it would write what cannot be loaded.
 
     Args:
         model: Just upcycled; one without an adapter stays as it is.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    has_lora = any(hasattr(module, "base_layer") for module in model.modules())
+    if has_lora and not isinstance(getattr(model, "hf_quantizer", None), _SavedAsAdapter):
         model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportAttributeAccessIssue]
             MPOEConfig(), "a mixture on a base with a LoRA adapter"
         )

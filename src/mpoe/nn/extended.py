@@ -138,9 +138,14 @@ class ExtendedExperts(Float32Module):
         return y.index_add(0, dispatch.token_index, y_NF.to(y.dtype))
 
     @property
+    def base_weight(self) -> Tensor | None:
+        """The weight of the base's layer, quantised or not; that which a LoRA layer wraps."""
+        return getattr(getattr(self.base, "base_layer", self.base), "weight", None)
+
+    @property
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
-        weight = getattr(getattr(self.base, "base_layer", self.base), "weight", None)  # a LoRA layer has a base_layer
+        weight = self.base_weight
         return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
 
     @property
