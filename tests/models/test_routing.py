@@ -17,12 +17,14 @@ def make_model(differ=True, **options):
 
 
 def routes(model, batch):
-    """What every layer's router has decided: (B, S) of expert indices."""
+    """What every layer's router has decided: (B, S, K) of expert indices."""
     found = []
     layers = mixtures(model).values()
     hooks = [
         layer.register_forward_pre_hook(
-            lambda layer, args: found.append(layer._route(layer.router, args[0]).expert_index.view(args[0].shape[:2]))
+            lambda layer, args: found.append(
+                layer._route(layer.router, args[0]).expert_index.view(*args[0].shape[:2], -1)
+            )
         )
         for layer in layers
     ]
