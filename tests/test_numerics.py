@@ -11,14 +11,14 @@ from transformers.trainer_pt_utils import safe_globals
 
 import mpoe
 from mpoe.cli.main import main
-from mpoe.models import mixtures, routers, take_router_loss
+from mpoe.models import mixtures, mpoe_config, routers, take_router_loss
 from mpoe.training.trainer import IGNORED, step_loss, summed_cross_entropy
 from plain_layer import by_hand, make_layer
 from tiny import FLAGS, V1_0, files, moved, tiny_t5
 from tiny_families import family_batch, tiny_model
 
-EXPERTS = {"separable": {"layout": "separable"}, "balanced": {"layout": "balanced"}, "whole": {"mpo_layers": ()}}
-KINDS = ["separable", "balanced", "dense"]  # of `make_layer`
+EXPERTS = {"extended": {}, "balanced": {"layout": "balanced"}, "whole": {"mpo_layers": ()}}
+KINDS = ["extended", "balanced", "dense"]  # of `make_layer`
 HALVES = {torch.float16: 0.01, torch.bfloat16: 0.05}
 """How far from float32 the gradient as a whole may be: about ten roundings of each type, through two blocks."""
 
@@ -35,12 +35,13 @@ def gradient(model):
 
 def follow(model, other):
     """Send the model's tokens where the other's go: of two experts that are as good a rounding picks another one."""
-    routes = {}
+    routes, is_extended = {}, mpoe_config(model).is_extended
 
     def followed(name, route):
         index = routes[name].expert_index
         probability = route.probabilities.gather(1, index)
-        return dataclasses.replace(route, expert_index=index, weight=probability / probability.detach())
+        weight = probability if is_extended else probability / probability.detach()
+        return dataclasses.replace(route, expert_index=index, weight=weight)
 
     for name, router in routers(other).items():
         router.register_forward_hook(lambda module, args, route, name=name: routes.update({name: route}))
@@ -90,7 +91,7 @@ def test_a_step_that_overflows_is_left_out(experts):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama"])
 def test_routers_decide_in_float32_under_autocast(name, dtype):
-    model = mixture(name, "separable")
+    model = mixture(name, "extended")
     seen = []
     for router in routers(model).values():
         router.register_forward_hook(lambda module, args, route: seen.append((module, args, route)))
@@ -107,7 +108,7 @@ def test_routers_decide_in_float32_under_autocast(name, dtype):
 @pytest.mark.parametrize("routing", [{}, {"is_scale_prob": True}, {"top_k": 2}, {"capacity_factor": 0.5}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits(kind, routing):
-    layer = make_layer(kind, **routing)
+    layer = make_layer(kind, has_loss=True, **routing)
     with torch.no_grad():
         layer.router.bias.copy_(torch.tensor([-1e4, 1e4, 0.0]))
     x = torch.randn(20, 24, dtype=torch.float64, requires_grad=True)
@@ -135,7 +136,7 @@ def test_inputs_of_any_size_give_finite_routes(scale):
 @pytest.mark.parametrize("expert", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_collapsed_onto_one_expert(kind, expert):
-    layer = make_layer(kind)
+    layer = make_layer(kind, has_loss=True)
     with torch.no_grad():
         layer.router.bias.fill_(-50).index_fill_(0, torch.tensor(expert), 50)
     x = torch.randn(4, 9, 24, dtype=torch.float64)
@@ -144,9 +145,13 @@ def test_everything_collapsed_onto_one_expert(kind, expert):
     assert layer.router_output.tokens_per_expert.tolist() == [36 * (e == expert) for e in range(3)]
     y.square().sum().backward()
     for experts in (layer.up, layer.gate, layer.down):
-        for p in [experts.weight] if kind == "dense" else [p for p in experts.parameters() if p is not experts.central]:
-            assert p.grad.isfinite().all()
-            assert [bool(of_expert.any()) for of_expert in p.grad] == [e == expert for e in range(3)]
+        own = [experts.weight] if kind == "dense" else experts.auxiliary.values()
+        of_experts = [p.grad for p in own]
+        if kind == "extended":
+            of_experts = [experts.offsets_V.grad.T.view(3, -1), experts.offsets_U.grad.view(3, -1)]
+        for gradient in of_experts:
+            assert gradient.isfinite().all()
+            assert [bool(of_expert.any()) for of_expert in gradient] == [e == expert for e in range(3)]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -154,7 +159,7 @@ def test_everything_collapsed_onto_one_expert(kind, expert):
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24), (0, 5, 24)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_batch(kind, shape, routing, training):
-    layer = make_layer(kind, **routing).train(training)
+    layer = make_layer(kind, has_loss=True, **routing).train(training)
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     with torch.set_grad_enabled(training):
         y = layer(x)
@@ -171,7 +176,7 @@ def test_an_empty_batch(kind, shape, routing, training):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 8192])
 def test_one_token_and_a_long_sequence(tokens, kind, grad):
-    layer = make_layer(kind)
+    layer = make_layer(kind, has_loss=True)
     x = torch.randn(1, tokens, 24, dtype=torch.float64)
     with torch.no_grad():
         expected = by_hand(layer, x)
@@ -210,7 +215,9 @@ def test_a_batch_of_padding_only(name, experts, routing):
     labels = batch.pop("labels")
     if name in ("t5-v1.1", "bart"):
         batch["decoder_input_ids"] = torch.zeros_like(labels)
-    options = {"capacity_factor": 1.0} if routing == "token" else {"routing": routing, "stacks": ("encoder",)}
+    options = {} if routing == "token" else {"routing": routing, "stacks": ("encoder",)}
+    if routing == "token" and experts != "extended":
+        options["capacity_factor"] = 1.0
     model = mixture(name, experts, **options)
     output = model(**batch)
     assert output.logits.isfinite().all()
@@ -227,7 +234,7 @@ def test_the_routers_loss_of_padding_only_is_finite(name):
     del batch["labels"]
     if name == "t5-v1.1":
         batch["decoder_input_ids"] = torch.zeros(3, 1, dtype=torch.long)
-    model = mixture(name, "separable", router_z_loss_coef=0.1)
+    model = mixture(name, "extended", router_z_loss_coef=0.1)
     model(**batch)
     loss = take_router_loss(model)
     assert math.isfinite(loss.item())
@@ -235,14 +242,14 @@ def test_the_routers_loss_of_padding_only_is_finite(name):
     assert gradient(model).isfinite().all()
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
+@pytest.mark.parametrize("layout", ["extended", "balanced"])
 @pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarning")
 def test_two_runs_with_full_determinism_have_equal_bytes(ground, monkeypatch, layout):
     for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"):
         monkeypatch.setenv(name, "")  # Transformers sets them for the process
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "")
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    flags = [*FLAGS, "--full_determinism", "True", "--layout", layout, "--expert_noise", "0.01"]
+    flags = [*FLAGS, "--full_determinism", "True", "--layout", layout]
     try:
         for folder in ("first", "second"):
             assert main(["finetune", *flags, "--output_dir", folder]) == 0

@@ -76,7 +76,7 @@ def save_tiny_adapter(strength):
     tiny_tokenizer().save_pretrained("base")
     model = mpoe.upcycle(T5ForConditionalGeneration.from_pretrained("base"), mpoe.MPOEConfig(num_experts=2))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("central"))
+        parameter.requires_grad_(".base." not in name)
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter) * strength * parameter.requires_grad)
     mpoe.save_adapter(model, "adapter")
@@ -139,10 +139,10 @@ def enable_checkpointing(model, **options):
 
 
 def moved(model):
-    """The model in evaluation mode, every parameter a little away from where it was."""
+    """The model in evaluation mode, every parameter a little away from where it was, extended experts far apart."""
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.01)
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.3 if name.endswith("offsets_V") else 0.01))
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import mpoe
 from mpoe.models.adapter import active_adapter, load_adapter, save_adapter, set_adapter
-from mpoe.nn import MPOExperts
+from mpoe.nn import ExtendedExperts
 from tiny import V1_0, V1_1, logits_of, tiny_batch, tiny_t5
 
 LOAD = """
@@ -95,7 +95,7 @@ def test_a_fresh_process_loads_it_onto_the_dense_base_bitwise(tmp_path, batch):
         "plain": (V1_1, {}),
         "tied": (V1_0, {}),
         "balanced": (V1_1, {"layout": "balanced"}),
-        "noise": (V1_1, {"expert_noise": 0.1, "stacks": ["encoder"]}),
+        "activation": (V1_1, {"expert_activation": "gelu", "stacks": ["encoder"]}),
     }
     for name, (version, options) in cases.items():
         base = tiny_t5(version)
@@ -115,11 +115,9 @@ def test_it_holds_what_trained_and_nothing_else(tmp_path, base):
     for name in ("adapter_model", "model"):
         with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
             elements[name] = {key: file.get_tensor(key).numel() for key in file.keys()}  # noqa: SIM118
-    matrices = [module for module in model.modules() if isinstance(module, MPOExperts)]
-    assert len(matrices) == 3 * 4
-    offsets = sum(3 * matrix.dims.num_parameters()[1] for matrix in matrices)
-    routers = 4 * (3 * 32 + 3)
-    scales = 2 * len(matrices)
+    offsets = 3 * 4 * 3 * 8 * (64 + 32)  # three matrices in four layers; three experts of rank 8
+    routers = 4 * (3 * 32 + 3 + 3 + 3 * 32)  # weights; steps, pending and reference of their balancing
+    scales = 3 * 4
     assert sum(elements["adapter_model"].values()) == offsets + routers + scales
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert sum(elements["model"].values()) == frozen + offsets + routers + scales
@@ -245,7 +243,8 @@ def test_a_bfloat16_base_has_adapters_of_its_own(tmp_path, batch):
             p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
     save_adapter(model, tmp_path)
     loaded = load_adapter(copy.deepcopy(base), tmp_path)
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in loaded.named_parameters() if name not in trained_names(loaded)} == {torch.bfloat16}
+    assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
 
 
@@ -253,15 +252,20 @@ def test_a_bfloat16_base_has_adapters_of_its_own(tmp_path, batch):
     ("options", "trained", "message"),
     [
         ({"mpo_layers": ()}, ("router",), "only a mixture with matrix product operators has an adapter; this T5For"),
-        ({"gauge": "sqrt"}, ("offsets",), "DenseReluDense.up has gauge 'sqrt' and bonds"),
-        ({"max_bond_dim": 4}, ("offsets",), r"has gauge 'identity' and bonds \(1, 4, 4, 1\): save the whole model"),
+        ({"layout": "balanced", "gauge": "sqrt"}, ("offsets",), "DenseReluDense.up has gauge 'sqrt' and bonds"),
+        (
+            {"layout": "balanced", "max_bond_dim": 4},
+            ("offsets",),
+            r"has gauge 'identity' and bonds \(1, 4, 4, 4, 4, 1\): save",
+        ),
         # the first site is larger than the rest of the matrix, so the full bond behind it is an SVD's
         (
             {"site_dims": {"64x32": [[64, 1, 1], [16, 2, 1]]}, "layout": "balanced"},
             ("offsets",),
             r"no truncated bond, .* bonds \(1, 2, 1, 1\)",
         ),
-        ({}, ("offsets", "down.central"), r"layer\.1\.DenseReluDense\.down\.central requires a gradient: train with"),
+        ({}, ("offsets", "down.base"), r"that of \S*layer\.1\.DenseReluDense\.down requires a gradient: train with"),
+        ({"layout": "balanced"}, ("offsets", "down.central"), r"DenseReluDense\.down requires a gradient: train with"),
         ({}, (), "an adapter holds the parameters that require a gradient; none does"),
     ],
 )
@@ -297,13 +301,13 @@ def test_another_base_is_refused(tmp_path, base, batch, two):
 
 def test_a_refused_adapter_changes_nothing(tmp_path, base, batch, two):
     model = load_adapter(copy.deepcopy(base), tmp_path / "a", "a")
-    save_adapter(mixture_of(base, mpoe.MPOEConfig(num_experts=3, seed=6, offset_scale=0.5)), tmp_path / "config")
+    save_adapter(mixture_of(base, mpoe.MPOEConfig(num_experts=3, seed=6, expert_scale=0.5)), tmp_path / "config")
     stranger = copy.deepcopy(base)
     nn.init.ones_(stranger.shared.weight)
     save_adapter(mixture_of(stranger), tmp_path / "base")
     before, trained = values_of(model), trained_names(model)
     for folder, name, message in (
-        ("config", "new", r"the model's config; offset_scale: 0.5 there, 0.3 here, seed: 6 there, 5 here: load it"),
+        ("config", "new", r"the model's config; expert_scale: 0.5 there, 1.0 here, seed: 6 there, 5 here: load it"),
         ("base", "new", "wrong base"),
         ("a", "a", r"name must be new; 'a' is one of the loaded adapters \['a'\]"),
     ):
@@ -333,7 +337,7 @@ def test_a_partly_frozen_adapter_is_not_saved(tmp_path, base, two):
     model = load_adapter(copy.deepcopy(base), tmp_path / "a", "a")
     for name, p in model.named_parameters():
         p.requires_grad_("offsets" in name)
-    with pytest.raises(ValueError, match=r"'a' must require a gradient .*router\S* \(and 7 more\) does not: unfreeze"):
+    with pytest.raises(ValueError, match=r"'a' must require a gradient .*router\S* \(and 3 more\) does not: unfreeze"):
         save_adapter(model, tmp_path / "part")
 
 
@@ -358,7 +362,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, base, two):
         (json.dumps({**values, "mpoe": 1}), r"adapter_config\.json must hold the config of a mixture under 'mpoe'"),
         (json.dumps({**values, "mpoe": {"no": 1}}), r"adapter_config\.json must hold the config .* got \['no'\]"),
         (
-            json.dumps({**values, "mpoe": {**values["mpoe"], "num_sites": 4}}),
+            json.dumps({**values, "mpoe": {**values["mpoe"], "layout": "balanced", "num_sites": 4}}),
             "a must be an adapter of this kind",
         ),
         (json.dumps({**values, "base_dtypes": 3}), r"adapter_config\.json must be as .*; its base_dtypes is 3"),
@@ -389,7 +393,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, base, two):
     with pytest.raises(ValueError, match=r"missing must be a folder that mpoe.save_adapter wrote"):
         load_adapter(base, folder)
     assert active_adapter(base) is None
-    assert not any(isinstance(module, MPOExperts) for module in base.modules())
+    assert not any(isinstance(module, ExtendedExperts) for module in base.modules())
 
 
 def test_an_unfinished_write_is_seen(tmp_path, base, two):

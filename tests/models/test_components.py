@@ -64,7 +64,7 @@ def batch_of(**sizes):
 
 
 def config_of(mpo_layers=ALL, **options):
-    return mpoe.MPOEConfig(**{"num_experts": 3, "mpo_layers": mpo_layers, **options})
+    return mpoe.MPOEConfig(**{"num_experts": 3, "layout": "balanced", "mpo_layers": mpo_layers, **options})
 
 
 def trained_model(version=V1_1, **options):
@@ -84,12 +84,11 @@ def logits_and_loading(kind, folder, batch):
 
 
 @pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize(("mpo_layers", "moe_type"), COMBINATIONS)
 @VERSIONS
-def test_the_function_is_preserved(version, layout, gauge, mpo_layers, moe_type):
+def test_the_function_is_preserved(version, gauge, mpo_layers, moe_type):
     dense, batch = dense_t5(version), batch_of()
-    model = mpoe.upcycle(copy.deepcopy(dense), config_of(mpo_layers, layout=layout, gauge=gauge, moe_type=moe_type))
+    model = mpoe.upcycle(copy.deepcopy(dense), config_of(mpo_layers, gauge=gauge, moe_type=moe_type))
     is_untied = "word_embed" in mpo_layers and version is V1_1
     assert len(names_of(model, MPOLinear)) == 4 * 6 * ("attention" in mpo_layers) + is_untied
     assert names_of(model, MPOEmbedding) == ["shared"] * ("word_embed" in mpo_layers)
@@ -138,10 +137,9 @@ def test_the_users_of_the_table_are_one_module(version):
     assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @VERSIONS
-def test_gradients_reach_everything_under_gradient_checkpointing_too(version, layout):
-    model, batch = mpoe.upcycle(dense_t5(version), config_of(layout=layout, num_experts=2)).train(), batch_of(rows=8)
+def test_gradients_reach_everything_under_gradient_checkpointing_too(version):
+    model, batch = mpoe.upcycle(dense_t5(version), config_of(num_experts=2)).train(), batch_of(rows=8)
     gradients = []
     for enable in (False, True):
         if enable:
@@ -170,10 +168,10 @@ def test_bfloat16(tmp_path, version):
     model, batch = mpoe.upcycle(dense_t5(version), config_of()), batch_of()
     model.save_pretrained(tmp_path)
     low = mpoe.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in low.named_parameters() if ".router." not in name} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(low, batch).float(), logits_of(model, batch), rtol=0.1, atol=0.3)
     low.train()(**batch).loss.backward()
-    assert {p.grad.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert all(p.grad.dtype == p.dtype for p in low.parameters())
 
 
 def test_truncation_is_each_components_own():
@@ -223,7 +221,8 @@ def test_parameter_counts(version):
 def test_frozen_weights_stay_frozen():
     dense = dense_t5(V1_0).requires_grad_(False)
     model = mpoe.upcycle(dense, config_of(moe_type="none"))
-    assert not any(p.requires_grad for p in model.parameters())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "DenseReluDense" in name and "offsets" in name}
     model.get_output_embeddings().requires_grad_(True)
     assert all(p.requires_grad for p in model.shared.parameters())
 
@@ -307,11 +306,17 @@ def with_odd_attention(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_odd_head, "lm_head must be an nn.Linear or Conv1D to become an MPO; it is a Sequential"),
+        (
+            with_odd_head,
+            "lm_head must be an nn.Linear or Conv1D to become an MPO; it is a torch.nn.modules.container.Sequential",
+        ),
         (with_biased_tied_head, "must have no bias to become an MPO; lm_head has one"),
         (with_two_tables, "encoder.embed_tokens must look words up in the table of shared"),
         (with_largest_norm, "shared must be an nn.Embedding without max_norm"),
-        (with_odd_attention, "SelfAttention.q must be an nn.Linear or Conv1D to become an MPO; it is a Identity"),
+        (
+            with_odd_attention,
+            "SelfAttention.q must be an nn.Linear or Conv1D to become an MPO; it is a torch.nn.modules.linear.Identity",
+        ),
     ],
 )
 def test_unknown_forms_are_refused_before_anything_changes(change, message):

@@ -24,7 +24,7 @@ from tiny_families import (
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-LAYOUTS = pytest.mark.parametrize("layout", ["separable", "balanced"])
+LAYOUTS = pytest.mark.parametrize("layout", ["extended", "balanced"])
 ROUTERS = pytest.mark.parametrize("moe_type", ["switch", "moe"])
 FAMILY = pytest.mark.parametrize("name", FAMILY_NAMES)
 
@@ -35,7 +35,9 @@ def mixture_of(dense, **options):
 
 def trained_mixture(name, **options):
     """Experts that differ, routers that care."""
-    return moved(mixture_of(tiny_model(name), expert_noise=0.1, **options))
+    if options.get("layout") == "balanced":
+        options = {"expert_noise": 0.1, **options}
+    return moved(mixture_of(tiny_model(name), **options))
 
 
 def test_a_dropout_may_be_a_whole_number():
@@ -55,6 +57,23 @@ def test_the_function_is_preserved(name, layout, moe_type):
     assert len(mixtures(mixture)) == (4 if name in ENCODER_DECODERS else 2)
     assert (logits_of(mixture, batch) - logits_of(dense, batch)).abs().max() <= 1e-4
     assert count_parameters(mixture).dense == sum(p.numel() for p in dense.parameters())
+    if name in GENERATIVE:
+        inputs = {key: batch[key].flip(1) for key in ("input_ids", "attention_mask")}  # padding at the left
+        texts = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (dense, mixture)]
+        assert torch.equal(*texts)
+
+
+@FAMILY
+def test_a_dense_class_finds_no_feed_forward_weight_in_a_mixture(name):
+    """A load without mpoe must not look like the dense model."""
+    dense = tiny_model(name)
+    mixture = mixture_of(dense)
+    inside = {id(p) for layer in mixtures(mixture).values() for p in layer.parameters()}
+    own = {n for n, p in dense.named_parameters()} - {n for n, p in mixture.named_parameters() if id(p) not in inside}
+    matrices = sum(2 if layer.gate is None else 3 for layer in mixtures(mixture).values())
+    assert len([n for n in own if dense.get_parameter(n).ndim == 2]) == matrices
+    missing = dense.load_state_dict(mixture.state_dict(), strict=False).missing_keys
+    assert own <= set(missing)
 
 
 @pytest.mark.parametrize("mpo_layers", [("attention",), ("word_embed",), ("mlp", "attention", "word_embed")])
@@ -64,9 +83,9 @@ def test_other_components_preserve_it_too(name, mpo_layers):
     has_no_row = FAMILIES[name.partition("-v1")[0]].word_embed is None
     if "word_embed" in mpo_layers and has_no_row:
         with pytest.raises(ValueError, match="its word_embed is not"):
-            mixture_of(dense, mpo_layers=mpo_layers)
+            mixture_of(dense, layout="balanced", mpo_layers=mpo_layers)
         return
-    mixture = mixture_of(dense, mpo_layers=mpo_layers, num_experts=1)
+    mixture = mixture_of(dense, layout="balanced", mpo_layers=mpo_layers, num_experts=1)
     assert (logits_of(mixture, batch) - logits_of(dense, batch)).abs().max() <= 1e-4
 
 
@@ -100,9 +119,10 @@ def loaded(tmp_path_factory):
     """Whether a fresh process finds the logits of what was saved; one process for all."""
     root = tmp_path_factory.mktemp("families")
     for name in FAMILY_NAMES:
-        for layout in ("separable", "balanced"):
+        for layout in ("extended", "balanced"):
             torch.manual_seed(0)
-            model, batch = trained_mixture(name, layout=layout, expert_bias="expert"), family_batch(name)
+            options = {} if layout == "extended" else {"expert_bias": "expert"}
+            model, batch = trained_mixture(name, layout=layout, **options), family_batch(name)
             model.save_pretrained(root / f"{name}.{layout}")
             torch.save((batch, logits_of(model, batch)), root / f"{name}.{layout}" / "expected.pt")
     done = subprocess.run([sys.executable, "-c", LOAD, str(root)], capture_output=True, text=True)
@@ -134,10 +154,10 @@ transformers.logging.set_verbosity_error()
 from mpoe.models import mixtures
 from test_families import FAMILY_NAMES, trained_mixture
 for name in FAMILY_NAMES:
-    for layout in ("separable", "balanced"):
+    for layout, options in (("extended", {}), ("balanced", {"capacity_factor": 1.0})):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        layer = next(iter(mixtures(trained_mixture(name, layout=layout, capacity_factor=1.0)).values())).train()
+        layer = next(iter(mixtures(trained_mixture(name, layout=layout, **options)).values())).train()
         layer.token_mask = torch.rand(2, 7) > 0.2
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = torch.randn(2, 7, 32, requires_grad=True)
@@ -167,7 +187,7 @@ def test_the_experts_compile_without_graph_breaks(compiled, name, layout):
 
 @FAMILY
 def test_bfloat16_and_autocast(name):
-    """Without noise: rounding sends some tokens to another expert, and where all are alike that changes nothing."""
+    """Of fresh experts: rounding sends some tokens to another one, and where all are alike that changes nothing."""
     dense, batch = tiny_model(name), family_batch(name)
     mixture = mixture_of(dense)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -176,16 +196,21 @@ def test_bfloat16_and_autocast(name):
     low = copy.deepcopy(dense).bfloat16()
     low_batch = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
     converted = mixture_of(low)
-    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    new = {n for n, p in converted.named_parameters() if p.dtype == torch.float32}
+    assert new == {
+        n for n, _ in converted.named_parameters() if n.endswith(("offsets_U", "offsets_V", "router.weight"))
+    }
+    assert {p.dtype for n, p in converted.named_parameters() if n not in new} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(converted, low_batch), logits_of(low, low_batch), rtol=0.1, atol=0.3)
     converted.train()(**low_batch).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in converted.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"layout": "balanced", "capacity_factor": 0.5}], ids=["extended", "balanced"])
 @FAMILY
-def test_gradient_checkpointing_changes_no_gradient(name):
+def test_gradient_checkpointing_changes_no_gradient(name, options):
     """With little room, so that padding and what is dropped must be decided twice alike."""
-    model, batch = trained_mixture(name, capacity_factor=0.5).train(), family_batch(name, 6, 12)
+    model, batch = trained_mixture(name, **options).train(), family_batch(name, 6, 12)
     gradients = []
     for is_checkpointed in (False, True):
         model.zero_grad()
@@ -199,15 +224,13 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @ROUTERS
+@LAYOUTS
 @pytest.mark.parametrize("name", TEXT)
-def test_padding_takes_no_capacity_and_counts_in_no_loss(name, moe_type):
+def test_padding_takes_no_capacity_and_counts_in_no_loss(name, layout, moe_type):
     """More padding changes neither what real tokens get nor the routers' losses nor the shares."""
-    options = {
-        "capacity_factor": 0.6,
-        "eval_capacity_factor": 0.6,
-        "load_balancing_coef": 1.0,
-        "router_z_loss_coef": 1.0,
-    }
+    options = {"layout": layout, "balancing": "loss", "load_balancing_coef": 1.0, "router_z_loss_coef": 1.0}
+    if layout == "balanced":
+        options |= {"capacity_factor": 0.6, "eval_capacity_factor": 0.6}
     model, batch = trained_mixture(name, moe_type=moe_type, **options), family_batch(name, 4, 10)
     padded = {
         key: torch.nn.functional.pad(value, (0, 6), value=-100 if key == "labels" else 0) if value.ndim == 2 else value
@@ -229,7 +252,8 @@ def test_padding_takes_no_capacity_and_counts_in_no_loss(name, moe_type):
         assert padded_usage[layer].share == pytest.approx(statistics.share)
         assert padded_usage[layer].entropy == pytest.approx(statistics.entropy, rel=1e-4)
         assert padded_usage[layer].dropped_fraction == pytest.approx(statistics.dropped_fraction)
-        assert statistics.dropped_fraction > 0
+        assert padded_usage[layer].gate_mass == pytest.approx(statistics.gate_mass, rel=1e-4)
+        assert (statistics.dropped_fraction > 0) == (layout == "balanced")
 
 
 ATTENTION = {
@@ -265,10 +289,9 @@ def test_lora_on_top(name):
     torch.testing.assert_close(logits_of(model.merge_and_unload(), batch), changed, rtol=1e-3, atol=1e-3)
 
 
-@LAYOUTS
 @FAMILY
-def test_a_merged_expert_is_the_mixture_that_sends_everything_to_it(name, layout):
-    model, batch = trained_mixture(name, layout=layout), family_batch(name)
+def test_a_merged_expert_is_the_mixture_that_sends_everything_to_it(name):
+    model, batch = trained_mixture(name, layout="balanced"), family_batch(name)
     before = logits_of(model, batch)
     dense = mpoe.merge(model, expert=1)
     assert type(dense) is type(model)
@@ -281,12 +304,27 @@ def test_a_merged_expert_is_the_mixture_that_sends_everything_to_it(name, layout
 
 
 @FAMILY
-def test_the_mean_of_equal_experts_is_the_dense_model(name, tmp_path):
+def test_merged_extended_experts_are_the_mixture_whose_gates_are_all_alike(name):
+    model, batch = trained_mixture(name, top_k=3), family_batch(name)
+    dense = mpoe.merge(model)
+    assert type(dense) is type(model)
+    assert not mixtures(dense)
+    with torch.no_grad():
+        for layer in mixtures(model).values():
+            layer.router.weight.zero_()
+    torch.testing.assert_close(logits_of(dense, batch), logits_of(model, batch), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits_of(dense, batch), logits_of(tiny_model(name), batch), atol=1e-2)
+
+
+@LAYOUTS
+@FAMILY
+def test_the_mean_of_equal_experts_is_the_dense_model(name, layout, tmp_path):
     dense, batch = tiny_model(name), family_batch(name)
-    components = (
-        ("mlp", "attention") if FAMILIES[name.partition("-v1")[0]].word_embed is None else mpoe.config.COMPONENTS
-    )
-    merged = mpoe.merge(mixture_of(dense, mpo_layers=components))
+    components = ("mlp",)
+    if layout == "balanced":
+        has_no_row = FAMILIES[name.partition("-v1")[0]].word_embed is None
+        components = ("mlp", "attention") if has_no_row else mpoe.config.COMPONENTS
+    merged = mpoe.merge(mixture_of(dense, layout=layout, mpo_layers=components))
     torch.testing.assert_close(logits_of(merged, batch), logits_of(dense, batch), rtol=1e-4, atol=1e-4)
     assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in dense.parameters())
     merged.save_pretrained(tmp_path)

@@ -44,12 +44,12 @@ def config_of(feed_forward, **options):
 @pytest.mark.parametrize(("make", "names"), [(cohere, GATED), (xglm, IN_THE_LAYER)])
 def test_a_described_model_is_upcycled_saved_and_loaded(make, names, tmp_path):
     dense, batch = make(), {"input_ids": torch.randint(3, 64, (2, 7))}
-    mixture = mpoe.upcycle(copy.deepcopy(dense), config_of(names, expert_noise=0.0))
+    mixture = mpoe.upcycle(copy.deepcopy(dense), config_of(names))
     assert len(mixtures(mixture)) == 2
     assert (logits_of(mixture, batch) - logits_of(dense, batch)).abs().max() <= 1e-5
     moved(mixture).save_pretrained(tmp_path)
     assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path), batch), logits_of(mixture, batch))
-    assert type(mpoe.merge(mixture, 0)) is type(dense)
+    assert type(mpoe.merge(mixture)) is type(dense)
 
 
 def test_an_unknown_model_is_refused_and_its_candidates_are_named():
@@ -92,12 +92,14 @@ def bert(**options):
 def test_biases_are_shared_or_one_each(kind, rows):
     dense = bert()
     bias = dense.bert.encoder.layer[0].output.dense.bias.detach().clone()
-    (layer,) = mixtures(mpoe.upcycle(dense, mpoe.MPOEConfig(num_experts=3, expert_bias=kind))).values()
+    (layer,) = mixtures(
+        mpoe.upcycle(dense, mpoe.MPOEConfig(num_experts=3, layout="balanced", expert_bias=kind))
+    ).values()
     assert torch.equal(layer.down.bias, bias.expand(rows, -1))
 
 
 def test_biases_are_not_left_out_and_chunks_are_refused():
     with pytest.raises(ValueError, match=r"got 'none', and intermediate\.dense has one"):
-        mpoe.upcycle(bert(), mpoe.MPOEConfig(expert_bias="none"))
+        mpoe.upcycle(bert(), mpoe.MPOEConfig(layout="balanced", expert_bias="none"))
     with pytest.raises(ValueError, match=r"chunk_size_feed_forward must be 0.*got 4"):
         mpoe.upcycle(bert(chunk_size_feed_forward=4))

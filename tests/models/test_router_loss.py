@@ -7,15 +7,16 @@ import torch
 
 import mpoe
 from mpoe.models import mixtures, take_router_loss
-from tiny import enable_checkpointing, tiny_batch, tiny_t5
+from tiny import enable_checkpointing, moved, tiny_batch, tiny_t5
+from tiny_families import family_batch, tiny_model
 
 COEF = 0.5
 
 
 def make_model(**options):
     torch.manual_seed(0)
-    config = mpoe.MPOEConfig(num_experts=4, load_balancing_coef=COEF, expert_noise=0.1, **options)
-    return mpoe.upcycle(tiny_t5(dropout_rate=0.0), config).train()
+    config = mpoe.MPOEConfig(num_experts=4, balancing="loss", load_balancing_coef=COEF, **options)
+    return moved(mpoe.upcycle(tiny_t5(dropout_rate=0.0), config)).train()
 
 
 def router_gradients(model):
@@ -92,3 +93,33 @@ def test_a_model_can_be_copied_after_a_step():
     model(**batch).loss.backward()
     copied = copy.deepcopy(model).eval()
     torch.testing.assert_close(copied(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_tuple_has_it_too():
+    model, batch = make_model(), tiny_batch()
+    assert model(**batch, return_dict=False)[0].item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    clean = model.eval()(**batch, return_dict=False)[0]
+    assert clean.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_balancing_by_bias_adds_nothing():
+    config = mpoe.MPOEConfig(num_experts=4)
+    model, batch = moved(mpoe.upcycle(tiny_t5(dropout_rate=0.0), config)).train(), tiny_batch()
+    trained = model(**batch).loss
+    assert trained.item() == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-6)
+    assert take_router_loss(model.train()) is None
+
+
+def test_the_micro_batches_of_a_step_have_their_shares():
+    """Of a loop that passes the targets of the whole step, and divides by nothing."""
+    torch.manual_seed(0)
+    config = mpoe.MPOEConfig(num_experts=4, balancing="loss", load_balancing_coef=COEF)
+    model = moved(mpoe.upcycle(tiny_model("llama"), config)).train()
+    batch = family_batch("llama", rows=4)
+    targets = (batch["labels"][:, 1:] != -100).sum()
+    model(**batch, num_items_in_batch=targets).loss.backward()
+    expected = router_gradients(model)
+    model.zero_grad()
+    for _ in range(4):  # the same batch four times
+        model(**batch, num_items_in_batch=4 * targets).loss.backward()
+    torch.testing.assert_close(router_gradients(model), expected, rtol=1e-4, atol=1e-7)

@@ -7,22 +7,24 @@ import torch
 from transformers import BertConfig, BertModel
 
 import mpoe
-from mpoe.models import count_parameters, is_upcycled, mixtures, router_statistics, shuffled_routing
-from tiny import logits_of, tiny_batch, tiny_t5
+from mpoe.models import count_parameters, is_upcycled, mixtures, reset_usage, router_statistics, shuffled_routing
+from tiny import logits_of, moved, tiny_batch, tiny_t5
 
 
-def make_model(**options):
-    config = mpoe.MPOEConfig(**{"num_experts": 4, "stacks": ("encoder",), "expert_noise": 0.5, **options})
-    return mpoe.upcycle(tiny_t5(), config).eval()
+def make_model(differ=True, **options):
+    model = mpoe.upcycle(tiny_t5(), mpoe.MPOEConfig(**{"num_experts": 4, "stacks": ("encoder",), **options}))
+    return (moved(model) if differ else model).eval()
 
 
 def routes(model, batch):
-    """What every layer's router has decided: (B, S) of expert indices."""
+    """What every layer's router has decided: (B, S, K) of expert indices."""
     found = []
     layers = mixtures(model).values()
     hooks = [
         layer.register_forward_pre_hook(
-            lambda layer, args: found.append(layer._route(layer.router, args[0]).expert_index.view(args[0].shape[:2]))
+            lambda layer, args: found.append(
+                layer._route(layer.router, args[0]).expert_index.view(*args[0].shape[:2], -1)
+            )
         )
         for layer in layers
     ]
@@ -72,7 +74,9 @@ def test_the_function_is_preserved_and_every_parameter_learns(routing, moe_type)
     torch.testing.assert_close(logits_of(model, batch), logits_of(dense, batch), rtol=1e-4, atol=1e-4)
     model.train()(**batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    for layer in mixtures(model).values():
+    for layer in mixtures(moved(model).train()).values():
+        layer.zero_grad()
+        model(**batch).loss.backward()
         assert layer.router.weight.grad.any()
 
 
@@ -85,7 +89,7 @@ def test_generation_routes_as_the_forward_does(routing):
 
 
 def test_saved_and_loaded_it_routes_the_same(tmp_path):
-    model, batch = make_model(routing="sequence", share_central=False), tiny_batch()
+    model, batch = make_model(routing="sequence"), tiny_batch()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path), batch), logits_of(model, batch))
 
@@ -107,27 +111,33 @@ def test_what_makes_no_sense_is_said():
         mpoe.upcycle(model, mpoe.MPOEConfig(routing="sequence"))
     assert not is_upcycled(model), "what is wrong is found before anything is changed"
     with pytest.raises(ValueError, match="capacity_factor must be None with a routing of whole inputs"):
-        mpoe.MPOEConfig(routing="prefix", capacity_factor=1.0)
+        mpoe.MPOEConfig(layout="balanced", routing="prefix", capacity_factor=1.0)
     with pytest.raises(ValueError, match="routing must be 'token' where nothing is routed"):
         mpoe.MPOEConfig(routing="prefix", num_experts=1)
     with pytest.raises(ValueError, match="share_central must be True, or False for a mixture of MPOs"):
-        mpoe.MPOEConfig(share_central=False, mpo_layers=())
+        mpoe.MPOEConfig(layout="balanced", share_central=False, mpo_layers=())
     with pytest.raises(ValueError, match="this model has no routers"), shuffled_routing(tiny_t5()):
         pass
 
 
-@pytest.mark.parametrize("options", [{}, {"moe_type": "moe"}, {"routing": "sequence"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"moe_type": "switch"}, {"layout": "balanced", "expert_noise": 0.5}, {"routing": "sequence"}],
+    ids=str,
+)
 def test_shuffling_changes_who_gets_what_and_not_how_much(options):
     model, batch = make_model(**options), tiny_batch(rows=16)
+    reset_usage(model)
     plain = logits_of(model, batch)
     shares = {name: statistics.share for name, statistics in router_statistics(model).items()}
-    for layer in mixtures(model).values():
-        layer.reset_usage()
+    masses = {name: statistics.gate_mass for name, statistics in router_statistics(model).items()}
+    reset_usage(model)
     with shuffled_routing(model):
         shuffled = logits_of(model, batch)
     first = next(iter(mixtures(model)))
     if "routing" not in options:  # inputs have other lengths, so shares of tokens move with them
         assert router_statistics(model)[first].share == pytest.approx(shares[first])
+        assert router_statistics(model)[first].gate_mass == pytest.approx(masses[first], rel=1e-4)
     assert not torch.allclose(shuffled, plain, atol=1e-3)
     with shuffled_routing(model):
         assert torch.equal(logits_of(model, batch), shuffled), "the seed repeats it"
@@ -135,7 +145,7 @@ def test_shuffling_changes_who_gets_what_and_not_how_much(options):
 
 
 def test_shuffling_costs_nothing_where_experts_are_alike():
-    model, batch = make_model(expert_noise=0.0), tiny_batch(rows=16)
+    model, batch = make_model(differ=False), tiny_batch(rows=16)
     plain = logits_of(model, batch)
     with shuffled_routing(model):
         torch.testing.assert_close(logits_of(model, batch), plain, rtol=1e-4, atol=1e-4)
@@ -143,12 +153,12 @@ def test_shuffling_costs_nothing_where_experts_are_alike():
 
 def test_experts_that_share_nothing():
     dense, batch = tiny_t5(), tiny_batch()
-    config = {"num_experts": 4, "share_central": False}
-    model = mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(**config))
+    config = {"num_experts": 4, "layout": "balanced"}
+    model = mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(**config, share_central=False))
     torch.testing.assert_close(logits_of(model, batch), logits_of(dense, batch), rtol=1e-4, atol=1e-4)
     count, shared = (
         count_parameters(model),
-        count_parameters(mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(num_experts=4))),
+        count_parameters(mpoe.upcycle(copy.deepcopy(dense), mpoe.MPOEConfig(**config))),
     )
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.central == 4 * shared.central

@@ -2,34 +2,31 @@ import pytest
 import torch
 
 from mpoe.mpo import site_dims
-from mpoe.nn import DenseExperts, FrozenBaseExperts, MoEFeedForward, MPOExperts, UnsharedMPOExperts, divergence
+from mpoe.nn import DenseExperts, ExtendedExperts, MoEFeedForward, MPOExperts, UnsharedMPOExperts, divergence
 
 OUT, IN, E = 12, 8, 3
 
 
 def layer_of(make):
-    """A layer of one kind of experts, each a little away from the matrix that all began as."""
+    """A layer of one kind of experts, which are all alike."""
     up, down = make(OUT, IN), make(IN, OUT)
     for experts, shape in ((up, (OUT, IN)), (down, (IN, OUT))):
-        if not isinstance(experts, FrozenBaseExperts):
+        if isinstance(experts, ExtendedExperts):
+            experts.initialize(torch.Generator().manual_seed(0))
+        else:
             experts.load_matrix(torch.randn(*shape))
     return MoEFeedForward(None, up, down, torch.relu)
 
 
-def shared(out, in_, layout="separable", gauge="identity"):
-    return MPOExperts(site_dims(out, in_, layout=layout), E, gauge=gauge)
+def shared(out, in_, gauge="identity"):
+    return MPOExperts(site_dims(out, in_), E, gauge=gauge)
 
 
 KINDS = {
-    "separable": shared,
-    "balanced": lambda out, in_: shared(out, in_, "balanced", "sqrt"),
+    "balanced": shared,
+    "sqrt": lambda out, in_: shared(out, in_, "sqrt"),
     "whole": lambda out, in_: DenseExperts(out, in_, E),
-    "unshared": lambda out, in_: UnsharedMPOExperts(
-        [MPOExperts(site_dims(out, in_, layout="separable"), 1) for _ in range(E)]
-    ),
-    "frozen": lambda out, in_: FrozenBaseExperts(
-        torch.nn.Linear(in_, out, bias=False), site_dims(out, in_, layout="separable"), E
-    ),
+    "unshared": lambda out, in_: UnsharedMPOExperts([MPOExperts(site_dims(out, in_), 1) for _ in range(E)]),
 }
 
 
@@ -39,15 +36,7 @@ def own_tensors(experts):
         return [[experts.expert_matrix(e)] for e in range(E)]
     if isinstance(experts, MPOExperts):
         return [experts.expert(e).auxiliary for e in range(E)]
-    if isinstance(experts, UnsharedMPOExperts):
-        return [mpo.expert(0).auxiliary for mpo in experts.mpos]
-    return [
-        [
-            torch.eye(o.shape[n]) + s * o[e].squeeze()
-            for n, o, s in zip((2, 1), experts.offsets, experts.scales, strict=True)
-        ]
-        for e in range(E)
-    ]
+    return [mpo.expert(0).auxiliary for mpo in experts.mpos]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,3 +65,29 @@ def test_it_is_linear_in_the_distance():
         for offset in layer.up.offsets:
             offset.sub_(offset.mean(dim=0)).mul_(2)
     assert float(divergence(layer)) == pytest.approx(2 * once, rel=1e-2)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@torch.no_grad()
+def test_of_extended_experts_it_is_relative_to_the_matrix_that_they_extend(activation):
+    out, in_, rank = 96, 128, 4
+
+    def make(out, in_):
+        base = torch.nn.Linear(in_, out)
+        torch.nn.init.normal_(base.weight, std=3.0)
+        return ExtendedExperts(base, out, in_, E, rank, expert_scale=0.7, activation=activation)
+
+    up, down = make(out, in_), make(in_, out)
+    for experts in (up, down):
+        experts.initialize(torch.Generator().manual_seed(0))
+    layer = MoEFeedForward(None, up, down, torch.relu)
+    assert divergence(layer) == 0, "V is zero"
+    squares = []
+    for experts in (up, down):
+        experts.offsets_V.normal_()
+        columns = [slice(e * rank, (e + 1) * rank) for e in range(E)]
+        added = [experts.scale * experts.offsets_V[:, own] @ experts.offsets_U[own] for own in columns]
+        mean = sum(added) / E
+        squares += [float((matrix - mean).norm() / experts.base.weight.norm()) ** 2 for matrix in added]
+    expected = (sum(squares) / len(squares)) ** 0.5
+    assert float(divergence(layer)) == pytest.approx(expected, rel=0.05), "the scale estimates the norm by a few probes"

@@ -8,8 +8,8 @@ COUNTS = [[3, 0, 4], [0, 0, 5], [2, 2, 2], [1, 0, 0]]
 SIZES = [(96, 64), (31, 47), (64, 96), (7, 13), (41, 9)]
 
 
-def make_experts(size, layout="separable", gauge="identity", max_bond_dim=None, dtype=torch.float64):
-    experts = MPOExperts(site_dims(*size, layout=layout), 3, max_bond_dim, gauge).to(dtype)
+def make_experts(size, gauge="identity", max_bond_dim=None, dtype=torch.float64):
+    experts = MPOExperts(site_dims(*size), 3, max_bond_dim, gauge).to(dtype)
     experts.load_matrix(torch.randn(*size, dtype=dtype))
     experts.add_noise(0.3, torch.Generator().manual_seed(torch.randint(1000, ()).item()))
     return experts
@@ -28,19 +28,17 @@ def assert_same_outputs_and_gradients(experts, counts, in_features, dtype=torch.
 
 @pytest.mark.parametrize("max_bond_dim", [None, 6])
 @pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize("size", SIZES)
-def test_fast_paths_agree_with_the_plain_one(size, layout, gauge, max_bond_dim):
-    experts = make_experts(size, layout, gauge, max_bond_dim)
+def test_fast_paths_agree_with_the_plain_one(size, gauge, max_bond_dim):
+    experts = make_experts(size, gauge, max_bond_dim)
     for counts in COUNTS:
         assert_same_outputs_and_gradients(experts, counts, size[1])
 
 
 @pytest.mark.parametrize("max_bond_dim", [None, 3])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize("way", ["apply", "rebuild", "cached"])
-def test_every_way_agrees_with_the_plain_one(way, layout, max_bond_dim):
-    experts = make_experts((31, 47), layout, "identity", max_bond_dim)
+def test_every_way_agrees_with_the_plain_one(way, max_bond_dim):
+    experts = make_experts((31, 47), "identity", max_bond_dim)
     experts.way = way
     for counts in COUNTS:
         assert_same_outputs_and_gradients(experts, counts, 47)
@@ -50,13 +48,12 @@ def test_every_way_agrees_with_the_plain_one(way, layout, max_bond_dim):
             torch.testing.assert_close(experts(x, torch.tensor(counts)), per_token(experts, x, counts))
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, {"rtol": 1e-4, "atol": 1e-4}), (torch.bfloat16, {"rtol": 0.1, "atol": 0.3})],
 )
-def test_fast_paths_agree_in_lower_precision(layout, dtype, tolerance):
-    experts = make_experts((96, 64), layout, dtype=dtype)
+def test_fast_paths_agree_in_lower_precision(dtype, tolerance):
+    experts = make_experts((96, 64), dtype=dtype)
     assert_same_outputs_and_gradients(experts, [5, 0, 8], 64, dtype, **tolerance)
 
 
@@ -71,17 +68,15 @@ def test_dense_experts_agree_with_the_plain_path():
         assert_same_outputs_and_gradients(experts, counts, 47)
 
 
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
-def test_no_tokens(layout):
-    experts = make_experts((96, 64), layout)
+def test_no_tokens():
+    experts = make_experts((96, 64))
     assert experts(torch.empty(0, 64, dtype=torch.float64), [0, 0, 0]).shape == (0, 96)
 
 
 @pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
-def test_every_expert_starts_as_the_matrix(layout, gauge):
+def test_every_expert_starts_as_the_matrix(gauge):
     matrix = torch.randn(96, 64, dtype=torch.float64)
-    experts = MPOExperts(site_dims(96, 64, layout=layout), 4, None, gauge).double()
+    experts = MPOExperts(site_dims(96, 64), 4, None, gauge).double()
     experts.load_matrix(matrix)
     for e in range(4):
         torch.testing.assert_close(experts.expert_matrix(e), matrix)
@@ -110,16 +105,20 @@ def test_offsets_are_scaled_by_the_weights():
 
 @pytest.mark.parametrize("gauge", ["identity", "central"])
 def test_noise_is_relative_to_the_start(gauge):
-    experts = MPOExperts(site_dims(256, 256, layout="separable"), 4, None, gauge)
+    experts = MPOExperts(site_dims(256, 256), 4, None, gauge)
     experts.load_matrix(torch.randn(256, 256))
-    before = experts.expert(2).sites[0].detach().clone()
+    before = experts.expert(2).sites[1].detach().clone()
     experts.add_noise(0.05, torch.Generator().manual_seed(0))
-    noise = experts.expert(2).sites[0].detach() - before
+    noise = experts.expert(2).sites[1].detach() - before
     assert (noise.square().mean() / before.square().mean()).sqrt().item() == pytest.approx(0.05, rel=0.1)
 
 
 def test_the_central_tensor_is_one_parameter_without_an_expert_axis():
-    names = {
-        name: tuple(p.shape) for name, p in MPOExperts(site_dims(96, 64, layout="separable"), 5).named_parameters()
+    names = {name: tuple(p.shape) for name, p in MPOExperts(site_dims(96, 64), 5).named_parameters()}
+    assert names == {
+        "central": (24, 4, 4, 16),
+        "offsets.0": (5, 1, 2, 2, 4),
+        "offsets.1": (5, 4, 3, 2, 24),
+        "offsets.2": (5, 16, 2, 2, 4),
+        "offsets.3": (5, 4, 2, 2, 1),
     }
-    assert names == {"central": (16, 6, 2, 32), "offsets.0": (5, 1, 16, 1, 16), "offsets.1": (5, 32, 1, 32, 1)}

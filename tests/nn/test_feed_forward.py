@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpoe.mpo import site_dims
-from mpoe.nn import MoEFeedForward, MPOExperts, panels
+from mpoe.nn import MoEFeedForward, MPOExperts
 from plain_layer import by_hand, make_layer
 
 
@@ -24,7 +24,7 @@ from plain_layer import by_hand, make_layer
 )
 @pytest.mark.parametrize("bias", ["none", "shared", "expert"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("experts", ["separable", "balanced", "dense"])
+@pytest.mark.parametrize("experts", ["extended", "balanced", "dense"])
 def test_layer_agrees_with_a_loop_over_tokens(experts, gated, bias, routing):
     layer = make_layer(experts, gated, bias=bias, **routing)
     x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
@@ -39,14 +39,29 @@ def test_layer_agrees_with_a_loop_over_tokens(experts, gated, bias, routing):
 
 def test_without_a_router_the_one_expert_gets_everything():
     matrices = torch.randn(40, 24), torch.randn(24, 40)
-    up, down = (MPOExperts(site_dims(*matrix.shape, layout="separable"), 1) for matrix in matrices)
+    up, down = (MPOExperts(site_dims(*matrix.shape), 1) for matrix in matrices)
     for experts, matrix in zip((up, down), matrices, strict=True):
         experts.load_matrix(matrix)
     layer = MoEFeedForward(None, up, down, torch.nn.functional.silu)
     x = torch.randn(2, 7, 24)
     expected = torch.nn.functional.silu(x @ matrices[0].T) @ matrices[1].T
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    layer.reset_usage()
+    layer(x)
     assert layer.usage is None
+
+
+def test_without_a_router_every_extended_expert_has_a_gate_of_one():
+    layer = make_layer(bias="shared")
+    layer.router = None
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+
+    def linear(experts, h):
+        matrix = experts.base.weight + experts.scale * experts.offsets_V @ experts.offsets_U
+        return h @ matrix.T + experts.base.bias
+
+    expected = linear(layer.down, layer.activation(linear(layer.gate, x)) * linear(layer.up, x))
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_dropout_is_between_activation_and_down():
@@ -59,19 +74,33 @@ def test_dropout_is_between_activation_and_down():
 def test_usage_is_counted_and_reset():
     layer = make_layer()
     x = torch.randn(5, 24, dtype=torch.float64)
+    layer(x)
+    assert layer.usage is None, "nobody has asked for it"
+    layer.reset_usage()
     layer(x), layer(x)
     assert layer.usage.tokens == 10
     assert torch.equal(layer.usage.tokens_per_expert, 2 * layer.router(x).tokens_per_expert)
+    torch.testing.assert_close(layer.usage.gate, 2 * layer.router(x).gates.sum(dim=0))
     layer.reset_usage()
-    assert layer.usage is None
+    assert layer.usage.tokens == 0
 
 
-def test_evaluation_keeps_no_graph():
-    layer = make_layer()
-    layer(torch.randn(5, 24, dtype=torch.float64))
-    assert layer.router_output is not None
-    layer.eval()(torch.randn(5, 24, dtype=torch.float64))
+@pytest.mark.parametrize("has_loss", [True, False])
+def test_only_a_training_forward_whose_loss_is_wanted_keeps_its_graph(has_loss):
+    layer, x = make_layer(has_loss=has_loss), torch.randn(5, 24, dtype=torch.float64)
+    layer.eval()(x)
     assert layer.router_output is None
+    layer.train()(x)
+    assert (layer.router_output is not None) == has_loss
+
+
+def test_a_loss_that_nobody_takes_is_said():
+    layer, x = make_layer(has_loss=True), torch.randn(5, 24, dtype=torch.float64)
+    layer(x)
+    with pytest.warns(UserWarning, match="load-balancing loss of a training forward was not used"):
+        layer(x)
+    layer.router_output = None
+    layer(x)
 
 
 def test_empty_batch():
@@ -90,10 +119,11 @@ COMPILED = """
 import torch
 from plain_layer import make_layer
 
-for experts in ("separable", "balanced", "dense"):
+for experts in ("extended", "balanced", "dense"):
     for routing in ({}, {"top_k": 2}, {"top_k": 2, "capacity_factor": 0.5}):
         torch._dynamo.reset()
         layer = make_layer(experts, gated=False, **routing).float()
+        layer.reset_usage()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = torch.randn(2, 9, 24, requires_grad=True)
         results = compiled(x), layer(x)
@@ -112,15 +142,3 @@ def test_compiled_it_is_one_graph_and_the_same_function():
         [sys.executable, "-c", COMPILED], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("experts", ["separable", "balanced", "dense"])
-def test_without_gradients_the_panels_go_through_in_turn(experts, monkeypatch):
-    layer = make_layer(experts)
-    x = torch.randn(40, 24, dtype=torch.float64)
-    expected = layer(x)
-    for name in ("MIN_ROWS", "ALONE_ROWS"):
-        monkeypatch.setattr(panels, name, 3)
-    with torch.no_grad():
-        assert len(panels.panels(layer.router(x).tokens_per_expert.tolist())) > 1
-        torch.testing.assert_close(layer(x), expected)

@@ -8,7 +8,6 @@ from torch import nn
 from mpoe.mpo import decompose, site_dims
 from mpoe.nn import MPOEmbedding, MPOExperts, MPOLinear, MPOTiedHead
 
-LAYOUTS = pytest.mark.parametrize("layout", ["separable", "balanced"])
 GAUGES = pytest.mark.parametrize("gauge", ["identity", "central", "sqrt"])
 BONDS = pytest.mark.parametrize("max_bond_dim", [None, 6])
 SIZES = [(96, 64), (31, 47), (7, 13), (41, 9)]
@@ -19,9 +18,9 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def make_experts(size, layout="separable", gauge="identity", max_bond_dim=None, dtype=torch.float64, bias="none"):
+def make_experts(size, gauge="identity", max_bond_dim=None, dtype=torch.float64, bias="none"):
     """One expert away from its start, padding included: what is behind the last row and column must not be seen."""
-    experts = MPOExperts(site_dims(*size, layout=layout), 1, max_bond_dim, gauge, bias=bias).to(dtype)
+    experts = MPOExperts(site_dims(*size), 1, max_bond_dim, gauge, bias=bias).to(dtype)
     experts.load_matrix(torch.randn(*size, dtype=dtype), torch.randn(size[0], dtype=dtype))
     experts.add_noise(0.3, torch.Generator().manual_seed(torch.randint(1000, ()).item()))
     with torch.no_grad():
@@ -39,10 +38,9 @@ def assert_same_gradients(of_mpo, of_dense, leaves, **tolerance):
 @pytest.mark.parametrize("bias", ["none", "shared"])
 @BONDS
 @GAUGES
-@LAYOUTS
 @pytest.mark.parametrize("size", SIZES)
-def test_a_linear_layer_is_pytorchs_with_the_matrix_multiplied_out(size, layout, gauge, max_bond_dim, bias):
-    experts = make_experts(size, layout, gauge, max_bond_dim, bias=bias)
+def test_a_linear_layer_is_pytorchs_with_the_matrix_multiplied_out(size, gauge, max_bond_dim, bias):
+    experts = make_experts(size, gauge, max_bond_dim, bias=bias)
     layer = MPOLinear(experts)
     assert (layer.out_features, layer.in_features) == size
     for shape in ((5,), (2, 3), ()):
@@ -54,10 +52,9 @@ def test_a_linear_layer_is_pytorchs_with_the_matrix_multiplied_out(size, layout,
 
 @BONDS
 @GAUGES
-@LAYOUTS
 @pytest.mark.parametrize("size", TABLES)
-def test_an_embedding_is_pytorchs_with_the_table_multiplied_out(size, layout, gauge, max_bond_dim):
-    experts = make_experts(size, layout, gauge, max_bond_dim)
+def test_an_embedding_is_pytorchs_with_the_table_multiplied_out(size, gauge, max_bond_dim):
+    experts = make_experts(size, gauge, max_bond_dim)
     embedding = MPOEmbedding(experts)
     assert (embedding.num_embeddings, embedding.embedding_dim) == size
     for shape in ((2, 30), (1,), ()):
@@ -68,10 +65,9 @@ def test_an_embedding_is_pytorchs_with_the_table_multiplied_out(size, layout, ga
 
 
 @BONDS
-@LAYOUTS
 @pytest.mark.parametrize("size", TABLES)
-def test_a_tied_head_adds_to_the_gradients_of_its_embedding(size, layout, max_bond_dim):
-    experts = make_experts(size, layout, "identity", max_bond_dim)
+def test_a_tied_head_adds_to_the_gradients_of_its_embedding(size, max_bond_dim):
+    experts = make_experts(size, "identity", max_bond_dim)
     embedding = MPOEmbedding(experts)
     head = MPOTiedHead(embedding)
     token_ids = torch.randint(size[0], (2, 6))
@@ -83,10 +79,9 @@ def test_a_tied_head_adds_to_the_gradients_of_its_embedding(size, layout, max_bo
 
 
 @DTYPES
-@LAYOUTS
-def test_lower_precision(layout, dtype, tolerance):
-    experts = make_experts((67, 32), layout, dtype=dtype)
-    embedding, linear = MPOEmbedding(experts), MPOLinear(make_experts((41, 32), layout, dtype=dtype))
+def test_lower_precision(dtype, tolerance):
+    experts = make_experts((67, 32), dtype=dtype)
+    embedding, linear = MPOEmbedding(experts), MPOLinear(make_experts((41, 32), dtype=dtype))
     token_ids, x = torch.randint(67, (2, 5)), torch.randn(3, 32, dtype=dtype)
     for ours, plain, leaves in (
         (embedding(token_ids), nn.functional.embedding(token_ids, experts.expert_matrix(0)), embedding.parameters()),
@@ -97,19 +92,17 @@ def test_lower_precision(layout, dtype, tolerance):
         assert_same_gradients(ours, plain, list(leaves), **tolerance)
 
 
-@LAYOUTS
-def test_an_untrained_embedding_gives_the_very_rows_of_its_table(layout):
+def test_an_untrained_embedding_gives_the_very_rows_of_its_table():
     """In the identity gauge the auxiliaries are unit matrices: nothing is rounded, whatever the dtype."""
     table = torch.randn(61, 32).bfloat16()
-    experts = MPOExperts(site_dims(61, 32, layout=layout), 1).bfloat16()
+    experts = MPOExperts(site_dims(61, 32), 1).bfloat16()
     experts.load_matrix(table)
     token_ids = torch.randint(61, (3, 20))
     assert torch.equal(MPOEmbedding(experts)(token_ids), nn.functional.embedding(token_ids, table))
 
 
-@LAYOUTS
-def test_autocast_treats_them_as_pytorchs_layers(layout):
-    experts = make_experts((61, 32), layout, dtype=torch.float32)
+def test_autocast_treats_them_as_pytorchs_layers():
+    experts = make_experts((61, 32), dtype=torch.float32)
     embedding, table = MPOEmbedding(experts), nn.Embedding(61, 32)
     linear, dense = MPOLinear(experts), nn.Linear(32, 61, bias=False)
     token_ids = torch.randint(61, (2, 5))
@@ -121,9 +114,8 @@ def test_autocast_treats_them_as_pytorchs_layers(layout):
             assert MPOTiedHead(embedding)(x).dtype == linear(x).dtype == dense(x).dtype == torch.bfloat16
 
 
-@LAYOUTS
-def test_truncation_is_the_decompositions(layout):
-    table, dims = torch.randn(61, 32), site_dims(61, 32, layout=layout)
+def test_truncation_is_the_decompositions():
+    table, dims = torch.randn(61, 32), site_dims(61, 32)
     experts = MPOExperts(dims, 1, max_bond_dim=5)
     experts.load_matrix(table)
     truncated = decompose(table, dims, 5).to_matrix()
@@ -145,10 +137,9 @@ def test_a_tied_head_owns_nothing_and_follows_its_embedding():
     assert not any(p.requires_grad for p in embedding.parameters())
 
 
-@LAYOUTS
 @pytest.mark.parametrize("token_id", [-1, 61, 1000])
-def test_ids_outside_of_the_table_are_refused(layout, token_id):
-    embedding = MPOEmbedding(make_experts((61, 32), layout))
+def test_ids_outside_of_the_table_are_refused(token_id):
+    embedding = MPOEmbedding(make_experts((61, 32)))
     with pytest.raises(ValueError, match=r"token ids must be in 0\.\.60; got"):
         embedding(torch.tensor([3, token_id]))
 

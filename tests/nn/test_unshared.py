@@ -5,8 +5,8 @@ from mpoe.mpo import site_dims
 from mpoe.nn import MPOExperts, UnsharedMPOExperts
 
 
-def make_experts(layout, bias="expert", dtype=torch.float64):
-    dims = site_dims(40, 24, layout=layout)
+def make_experts(bias="expert", dtype=torch.float64):
+    dims = site_dims(40, 24)
     experts = UnsharedMPOExperts([MPOExperts(dims, 1) for _ in range(3)], bias)
     experts.load_matrix(torch.randn(40, 24), torch.randn(40))
     experts.add_noise(0.2, torch.Generator().manual_seed(0))
@@ -14,10 +14,9 @@ def make_experts(layout, bias="expert", dtype=torch.float64):
 
 
 @pytest.mark.parametrize("bias", ["none", "shared", "expert"])
-@pytest.mark.parametrize("layout", ["separable", "balanced"])
 @pytest.mark.parametrize("counts", [[3, 0, 4], [0, 7, 0], [0, 0, 0]], ids=str)
-def test_tokens_meet_their_experts_matrix(layout, bias, counts):
-    experts = make_experts(layout, bias)
+def test_tokens_meet_their_experts_matrix(bias, counts):
+    experts = make_experts(bias)
     x = torch.randn(sum(counts), 24, dtype=torch.float64, requires_grad=True)
     fast = experts(x, counts)
     assert fast.shape == (sum(counts), 40)
@@ -36,13 +35,13 @@ def test_tokens_meet_their_experts_matrix(layout, bias, counts):
 
 
 def test_counts_on_the_device_are_asked_for():
-    experts = make_experts("separable")
+    experts = make_experts()
     x = torch.randn(7, 24, dtype=torch.float64)
     assert torch.equal(experts(x, torch.tensor([3, 0, 4])), experts(x, [3, 0, 4]))
 
 
 def test_nothing_is_shared():
-    experts = make_experts("separable")
+    experts = make_experts()
     x = torch.randn(4, 24, dtype=torch.float64)
     before = experts(x, [0, 4, 0])
     with torch.no_grad():

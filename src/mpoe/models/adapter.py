@@ -93,7 +93,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
                 f"weight; {name} has gauge {module.gauge!r} and bonds {module.dims.bond_dims(module.max_bond_dim)}: "
                 "save the whole model with save_pretrained"
             )
-        if module.central is not None and module.central.requires_grad:
+        central = module.central if isinstance(module, MPOExperts) else module.base_weight
+        if central is not None and central.requires_grad:
             raise ValueError(
                 f"an adapter leaves the central tensors to the base, so they must be frozen; that of {name} requires a "
                 "gradient: train with --tensor_learn or freeze the base before mpoe.upcycle, or save the whole model "

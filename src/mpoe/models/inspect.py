@@ -68,8 +68,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             shared = matrix
             if experts.central is not None:
                 shared = experts.central.numel()
-            elif isinstance(experts, ExtendedExperts):  # a packed weight has fewer numbers
-                total += matrix - experts.base_layer.get_parameter("weight").numel()
+            elif isinstance(experts, ExtendedExperts) and experts.base_weight is not None:  # a packed weight has fewer numbers
+                total += matrix - experts.base_weight.numel()
             central += shared
             auxiliary += own
             one_token += shared + own // experts.num_experts * top_k.get(id(experts), _used(experts))

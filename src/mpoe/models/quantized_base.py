@@ -45,19 +45,20 @@ def take_over_quantizer(model: PreTrainedModel) -> None:
         return
     model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportArgumentType]
         quantizer.quantization_config, "a mixture on a quantised base", quantizer
-    )  # pyright: ignore[reportArgumentType]
+    )
     for module in model.modules():
         if type(module) is nn.Linear and is_traceable_wrapper_subclass(module.weight):
             module.__class__ = FrozenLinear
 
 
 def refuse_saving_with_lora(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` fail on a model that carries a LoRA adapter: it would write the adapter and nothing else.
+    """Make `save_pretrained` fail on a model that carries a LoRA adapter: it would write what cannot be loaded.
 
     Args:
         model: Just upcycled; one without an adapter stays as it is.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    has_lora = any(hasattr(module, "base_layer") for module in model.modules())
+    if has_lora and not isinstance(getattr(model, "hf_quantizer", None), _SavedAsAdapter):
         model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportArgumentType]
             MPOEConfig(), "a mixture on a base with a LoRA adapter"
         )

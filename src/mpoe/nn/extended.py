@@ -127,8 +127,8 @@ class ExtendedExperts(Float32Module):
             g = (gates * self.scale).to(u.dtype)
             h = (u.view(len(u), self.num_experts, self.rank) * g.unsqueeze(2)).view_as(u)
         V = self.offsets_V.to(y.dtype)
-        # nobody but this layer has the output of a plain linear layer
-        is_own = type(self.base) is nn.Linear and not self.base._forward_hooks
+        # in place where nobody else has the base's output; autocast skips some quantised weights, so dtypes may differ
+        is_own = type(self.base) is nn.Linear and not self.base._forward_hooks and y.dtype == h.dtype
         return y.addmm_(h, V.T) if is_own else torch.addmm(y, h, V.T)
 
     def _add_selected(self, y: Tensor, x: Tensor, gates_N: Tensor, dispatch: Dispatch) -> Tensor:
@@ -140,15 +140,14 @@ class ExtendedExperts(Float32Module):
         return y.index_add(0, dispatch.token_index, y_NF.to(y.dtype))
 
     @property
-    def base_layer(self) -> nn.Module:
-        """The layer that holds W: the base, or what a LoRA layer wraps."""
-        wrapped = getattr(self.base, "base_layer", None)
-        return wrapped if isinstance(wrapped, nn.Module) else self.base
+    def base_weight(self) -> Tensor | None:
+        """The weight of the base's layer, quantised or not; that which a LoRA layer wraps."""
+        return getattr(getattr(self.base, "base_layer", self.base), "weight", None)
 
     @property
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
-        weight = getattr(self.base_layer, "weight", None)
+        weight = self.base_weight
         return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
 
     @property

@@ -146,7 +146,9 @@ class MoEFeedForward(nn.Module):
         if router.balancing is None or not self.training or router.weight.requires_grad:
             return None
         needed = router.weight.numel()
-        return next((p for p in self.parameters() if p.requires_grad and p.numel() >= needed), None)
+        # V first: every row has all experts, idle ones too, and it has a gradient from the first step on
+        own = [self.up.offsets_V] if isinstance(self.up, ExtendedExperts) else []
+        return next((p for p in (*own, *self.parameters()) if p.requires_grad and p.numel() >= needed), None)
 
     def _mask(self, tokens: int) -> Tensor | None:
         if self.token_mask is None:

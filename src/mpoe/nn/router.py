@@ -214,7 +214,7 @@ class TopKRouter(Float32Module):
         return probabilities.gather(1, expert_index), expert_index
 
     def _logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        weight, bias = self.weight, self.bias
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()  # of a model in float64
         noisy = x
         if self.training and self.jitter:
             noisy = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
