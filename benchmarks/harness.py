@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils import flop_counter
 
 import mpoe
 from mpoe.files import write_json
@@ -48,7 +49,7 @@ UNITS = {"ms": 1e3, "MiB": 2**-20, "GiB": 2**-30}  # of seconds and bytes, which
 
 @dataclass(frozen=True)
 class Samples:
-    """Numbers of one way, one per round: seconds a call, bytes, tokens a second, or ratios."""
+    """Numbers of one way, one a round: seconds a call, bytes, tokens a second, or ratios."""
 
     values: tuple[float, ...]
 
@@ -101,7 +102,7 @@ class Row:
 
     Attributes:
         case: What was done, "forward, 512 tokens".
-        way: By whom, "MPOE separable".
+        way: By whom, "extended".
         value: As measured: seconds, bytes, or a rate.
         ratio: Over another way, round by round; None where there is none.
         over: That other way.
@@ -180,28 +181,36 @@ def compare(
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def ratios(times: dict[str, Samples], over: str = "dense") -> dict[str, Samples]:
+def ratios(times: Mapping[str, Samples], over: str = "dense") -> dict[str, Samples]:
     """Every way's ratio to one of them, round by round; the median of the ratios, not the ratio of the medians."""
     return {name: samples.over(times[over]) for name, samples in times.items()}
 
 
-def rows_over_dense(
-    case: str, values: dict[str, Samples], targets: dict[tuple[str, str], Target], unit: str = "ms"
+def rows_over(
+    case: str,
+    values: Mapping[str, Samples],
+    targets: Mapping[tuple[str, str], Target] | None = None,
+    unit: str = "ms",
+    over: str = "dense",
 ) -> list[Row]:
-    """One row a way with its ratio over "dense", and one for every target over something else.
+    """Return one row a way with its ratio over one of them, and one for every target over something else.
 
     Args:
         case: What was measured.
-        values: By way; "dense" is among them.
+        values: By way.
         targets: By (way, over); those of ways or overs that were not measured are left out.
         unit: See `Row`.
+        over: The way that all are compared with.
     """
-    over_dense = ratios(values)
-    rows = [Row(case, way, values[way], over_dense[way], "dense", targets.get((way, "dense")), unit) for way in values]
+    targets = targets or {}
+    rows = [
+        Row(case, way, values[way], ratio, over, targets.get((way, over)), unit)
+        for way, ratio in ratios(values, over).items()
+    ]
     return rows + [
-        Row(case, way, values[way], values[way].over(values[over]), over, target, unit)
-        for (way, over), target in targets.items()
-        if over != "dense" and way in values and over in values
+        Row(case, way, values[way], values[way].over(values[other]), other, target, unit)
+        for (way, other), target in targets.items()
+        if other != over and way in values and other in values
     ]
 
 
@@ -232,6 +241,21 @@ def tensor_peak(function: Callable[[], object]) -> int:
         live += change
         peak = max(peak, live)
     return peak
+
+
+def flops(function: Callable[[], object]) -> int:
+    """Return the floating-point operations of the matrix products and the attention in a call, forward and backward."""
+    aten, attention = torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
+    unknown = {  # to PyTorch's counter; functions of shapes
+        aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+        getattr(aten, attention): lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+        getattr(aten, f"{attention}_backward"): lambda dy, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(
+            dy, q, k, v
+        ),
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def process_peak() -> int:
@@ -266,9 +290,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The command line that all benchmarks have; a script may add its own flags."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--short", dest="size", action="store_const", const="short", help="fewer cases, below a minute")
-    made.add_argument(
-        "--tiny", dest="size", action="store_const", const="tiny", help="only shows that the script works, for tests"
-    )
+    made.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="shows that the script works")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch, count (all cores)")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--dtype", default="float32", choices=DTYPES)
