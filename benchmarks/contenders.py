@@ -56,22 +56,25 @@ COLD_BYTES = 2**27  # of dense weights, four times a cache of 32 MiB
 MOST_COPIES, MOST_BYTES = 16, 2**30
 
 
-def language_model(name: str, size: str = "full", dropout: float = 0.1) -> PreTrainedModel:
+def language_model(name: str, size: str = "full") -> PreTrainedModel:
     """Return a dense model of a known architecture with random weights.
 
     Args:
         name: One of `MODELS`.
         size: "tiny" is a much smaller model of the same family.
-        dropout: Of T5, probability.
     """
     if name == "T5-small":
-        model = _t5(T5_TINY if size == "tiny" else T5_SMALL, dropout)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**(LLAMA_TINY if size == "tiny" else SMOLLM2)))
-    return model
+        return dense_t5(T5_TINY if size == "tiny" else T5_SMALL)
+    return LlamaForCausalLM(LlamaConfig(**(LLAMA_TINY if size == "tiny" else SMOLLM2)))
 
 
-def _t5(sizes: dict[str, Any], dropout: float) -> T5ForConditionalGeneration:
+def dense_t5(sizes: dict[str, Any], dropout: float = 0.1) -> T5ForConditionalGeneration:
+    """Return a T5 v1.0 with random weights.
+
+    Args:
+        sizes: Of its config.
+        dropout: Probability.
+    """
     options: dict[str, Any] = {"decoder_start_token_id": 0, "dropout_rate": dropout}
     return T5ForConditionalGeneration(T5Config(**options, **sizes))
 
@@ -150,7 +153,7 @@ def our_layer(dense: T5DenseActDense, **options: Any) -> nn.Module:
         options: Of `MPOEConfig`.
     """
     F, D = dense.wi.weight.shape
-    model = _t5({**T5_TINY, "d_model": D, "d_ff": F}, dropout=0.0)
+    model = dense_t5({**T5_TINY, "d_model": D, "d_ff": F}, dropout=0.0)
     place = "encoder.block.0.layer.1.DenseReluDense"
     model.set_submodule(place, copy.deepcopy(dense))
     mixture(model, stacks=("encoder",), **options)
