@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from contenders import BASE, LAYOUTS, dense_layer, our_layer, reference_style_layer, step_of
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, tensor_peak, write_results
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, write_results
+from measures import tensor_peak
 from mpoe.nn import Accumulation
 
 REFERENCE = "reference-style"

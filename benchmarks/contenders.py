@@ -17,8 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, SwitchTransformersConfig
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    SwitchTransformersConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP

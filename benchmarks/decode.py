@@ -5,9 +5,9 @@
 Timed are the steps of one token a row after an input of 32 tokens, without what `generate` adds. "Switch" is a mixture
 of 8 whole experts.
 
-A step of one row reads each weight and each element of the cache once, for one multiplication and addition. So the
-ceiling is the dense model's FLOPs of a step over the way's own, which is the ratio of the bytes read as well. The target
-is 0.93 of it.
+The ceiling is the dense model's FLOPs of a step over the way's own. With one row, a step reads each weight and each
+element of the cache once, for one multiplication and addition, so the ratio of the bytes is the same. The target is
+0.93 of the ceiling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from contenders import MODELS, model_contenders
-from harness import DTYPES, Row, compare, flops, parse, parser, write_results
+from harness import DTYPES, Row, compare, parse, parser, write_results
+from measures import flops
 from training import rows_with_ceiling
 
 WAYS = ("extended", "LoRA", "Switch")

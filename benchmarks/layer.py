@@ -10,16 +10,16 @@ Phases:
     forward: Evaluation without gradients.
     step: Forward and backward in training mode. The base trains in all ways, LoRA's too. "step memory" is the peak of
         tensors in a step above the layer's parameters and input.
-    selected: The same experts, all computed for all tokens (as the layer does it), over only the selected ones, each on
-        its own tokens.
-    shared: SmolLM2's gated FFN (576 × 1536). The matrices gate and up read the same input: one product with both U, over
-        two products.
+    selected: The time of all experts on all tokens, as the layer computes them, over that of the selected experts
+        alone, each on its own tokens.
+    shared: SmolLM2's gated FFN (576 × 1536), whose matrices gate and up read the same input: the time of one product
+        with each U, as the layer computes them, over that of one product with both.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ from contenders import (
     step_of,
     switch_layer,
 )
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, tensor_peak, write_results
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, write_results
+from measures import tensor_peak
 from mpoe.nn import ExtendedExperts, MoEFeedForward
 from mpoe.nn.dispatch import Dispatch
 
@@ -163,7 +164,7 @@ class SelectedExperts(nn.Module):
 
 
 def shared_rows(args: argparse.Namespace) -> list[Row]:
-    """Two products with U over one, in a gated FFN."""
+    """One product with each U over one product with both, in a gated FFN."""
     D, F = GATED[args.size]
     layer = _placed(gated_layer(D, F), args)
     ways = {"two products": cold_copies(layer, layer)}
@@ -215,7 +216,7 @@ def _rows_of_two(
 
 
 def _compare(
-    ways: dict[str, Callable[[], object]], args: argparse.Namespace, budget_s: float = CASE_S
+    ways: Mapping[str, Callable[[], object]], args: argparse.Namespace, budget_s: float = CASE_S
 ) -> dict[str, Samples]:
     return compare(ways, args.repeats, warmup=1, budget_s=budget_s)
 

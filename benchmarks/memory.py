@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mpoe
 from contenders import language_model, model_contenders
-from harness import DTYPES, Row, Samples, Target, parse, parser, process_peak, rows_over, run_child, write_results
+from harness import DTYPES, Row, Samples, Target, parse, parser, rows_over, run_child, write_results
+from measures import process_peak
 from mpoe.models import memory_bytes
 from training import training_step
 

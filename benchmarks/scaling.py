@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--short] [--sweeps experts rank width tokens]
 
-One of the four varies at a time, around 8 experts of rank 8, width 768 (F = 4 D) and 512 tokens. "LoRA" has the experts'
-total rank. Weights are cold, as in layer.py.
+One of the four varies at a time, around 8 experts of rank 8, width 768 (F = 4 D) and 512 tokens. "LoRA" has the total
+rank of the experts. Weights are cold, as in layer.py.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _measure(sweep: str, experts: int, rank: int, D: int, tokens: int, args: arg
     }
     if sweep != "rank":  # whole experts have none
         layers["Switch"] = switch_layer(D, 4 * D, experts)
-    copies = {
-        name: cold_copies(layer.to(args.device, DTYPES[args.dtype]), dense) for name, layer in layers.items()
-    }
+    copies = {name: cold_copies(layer.to(args.device, DTYPES[args.dtype]), dense) for name, layer in layers.items()}
     x = torch.randn(1, tokens, D, device=args.device, dtype=DTYPES[args.dtype])
     case = f"{sweep}: {experts} experts of rank {rank}, width {D}, {tokens} tokens"
     rows: list[Row] = []

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contenders import MODELS, model_contenders
-from harness import DTYPES, Row, Samples, Target, compare, flops, parse, parser, rows_over, write_results
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, write_results
+from measures import flops
 
 WAYS = {"T5-small": ("extended", "LoRA", "Switch"), "SmolLM2-135M": ("extended", "LoRA")}
 OF_CEILING = 0.93
@@ -56,12 +57,12 @@ def rows_with_ceiling(case: str, rates: dict[str, Samples], work: dict[str, int]
         work: FLOPs, by way.
     """
     ceilings = {way: work["dense"] / work[way] for way in rates if way in ("extended", "LoRA")}
-    target = {("extended", "dense"): Target(round(OF_CEILING * ceilings["extended"], 3), at_most=False)} if (
-        "extended" in ceilings
-    ) else {}  # fmt: skip
+    targets = {}
+    if "extended" in ceilings:
+        targets["extended", "dense"] = Target(round(OF_CEILING * ceilings["extended"], 3), at_most=False)
     return [
         dataclasses.replace(row, note=f"ceiling {ceilings[row.way]:.3f}") if row.way in ceilings else row
-        for row in rows_over(case, rates, target, "tokens/s")
+        for row in rows_over(case, rates, targets, "tokens/s")
     ]
 
 

@@ -31,7 +31,7 @@ def probabilities(router: TopKRouter, x_TD: Float[Tensor, "T D"]) -> Float[Tenso
 
 
 def plain_layer(layer: MoEFeedForward, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-    """Return what a layer without a gate matrix and without biases computes, where no bias has moved its routing yet."""
+    """Return the output of a layer without a gate matrix and biases, before balancing changes any selection."""
     router = router_of(layer)
     seen_TD = x_TD if router.gradient == "all" else x_TD.detach()
     top, index = probabilities(router, seen_TD).topk(router.top_k, dim=-1)
@@ -43,9 +43,13 @@ def plain_layer(layer: MoEFeedForward, x_TD: Float[Tensor, "T D"]) -> Float[Tens
     y = torch.zeros_like(x_TD)
     for e in range(router.num_experts):
         token, choice = torch.where((index == e) & used)
-        h = layer.activation(x_TD[token] @ layer.up.expert_matrix(e).T)
-        y = y.index_add(0, token, h @ layer.down.expert_matrix(e).T * weight[token, choice, None])
+        h = layer.activation(x_TD[token] @ _matrix(layer.up, e).T)
+        y = y.index_add(0, token, h @ _matrix(layer.down, e).T * weight[token, choice, None])
     return y
+
+
+def _matrix(experts: Any, e: int) -> Tensor:
+    return experts.expert_matrix(e)
 
 
 def _extended(experts: Any, x: Tensor, index: Int[Tensor, "T K"], weight: Float[Tensor, "T K"]) -> Tensor:
