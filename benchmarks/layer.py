@@ -10,8 +10,7 @@ Phases:
     forward: Evaluation without gradients.
     step: Forward and backward in training mode. The base trains in all ways, LoRA's too. "step memory" is the peak of
         tensors in a step above the layer's parameters and input.
-    selected: The time of all experts on all tokens, as the layer computes them, over that of the selected experts
-        alone, each on its own tokens.
+    selected: The time of all experts on all tokens over that of the selected experts alone, each on its own tokens.
     shared: SmolLM2's gated FFN (576 × 1536), whose matrices gate and up read the same input: the time of one product
         with each U, as the layer computes them, over that of one product with both.
 """
@@ -49,6 +48,7 @@ TOKENS = {"full": (1, 32, 512, 4096), "short": (1, 512), "tiny": (3,)}
 STEP_TOKENS = 32  # at least: fewer are nobody's training step
 OURS, LORA = "extended", f"LoRA of rank {LORA_RANK}"
 SELECTED = ((32, 8), (128, 8), (128, 4), (64, 16))  # experts and their rank
+FORMS = {"all experts": False, "selected experts": True}
 WORTH_IT = Target(1.3, at_most=False)  # a second implementation stays if it is this much faster
 FASTER = Target(1.0, at_most=False)
 GATED = {"full": (576, 1536), "short": (576, 1536), "tiny": (16, 24)}
@@ -130,37 +130,42 @@ def build(args: argparse.Namespace) -> dict[str, list[nn.Module]]:
 
 
 def selected_rows(args: argparse.Namespace) -> list[Row]:
-    """All experts of every token over the selected ones alone."""
+    """All experts on all tokens over the selected ones alone."""
     D, F = _base(args)
     dense = dense_layer(D, F)
     rows: list[Row] = []
     for experts, rank in SELECTED[: 1 if args.size == "tiny" else None]:
         layer = _placed(our_layer(dense, num_experts=experts, expert_rank=rank), args)
-        ways = {"all experts": cold_copies(layer, dense)}
-        ways["selected experts"] = [SelectedExperts(copy) for copy in ways["all experts"]]
+        copies = cold_copies(layer, dense)
+        ways = {name: [OneForm(copy, selects) for copy in copies] for name, selects in FORMS.items()}
         rows += _rows_of_two(f"{experts} experts of rank {rank}", ways, WORTH_IT, D, args)
     return rows
 
 
-class SelectedExperts(nn.Module):
-    """A mixture's layer whose experts are each computed on their own tokens.
+class OneForm(nn.Module):
+    """A mixture's layer whose experts are computed in one form, whichever the layer would choose.
 
     Args:
         layer: Has a router and extended experts, without a gate matrix.
+        selects: Whether each expert is computed on its own tokens alone.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, selects: bool) -> None:
         super().__init__()
         self.layer: MoEFeedForward = layer
+        self.selects = selects
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, T, D) to (1, T, D)."""
         layer, x_TD = self.layer, x[0]
         assert layer.router is not None, "the layer has several experts"
         route = layer.router(x_TD)
-        dispatch = Dispatch.by_expert(route)
-        gates_N = route.weight.flatten()[dispatch.order]
-        return layer.down(layer.activation(layer.up(x_TD, gates_N, dispatch)), gates_N, dispatch)[None]
+        if self.selects:
+            dispatch = Dispatch.by_expert(route)
+            routing = (route.weight.flatten()[dispatch.order], dispatch)
+        else:
+            routing = (route.gates,)
+        return layer.down(layer.activation(layer.up(x_TD, *routing)), *routing)[None]
 
 
 def shared_rows(args: argparse.Namespace) -> list[Row]:
@@ -201,7 +206,7 @@ class OneProduct(nn.Module):
 
 
 def _rows_of_two(
-    case: str, ways: dict[str, list[nn.Module]], target: Target, D: int, args: argparse.Namespace
+    case: str, ways: Mapping[str, Sequence[nn.Module]], target: Target, D: int, args: argparse.Namespace
 ) -> list[Row]:
     """Forward and step of two ways, the first over the second."""
     first, second = ways

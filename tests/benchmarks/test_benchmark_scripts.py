@@ -8,6 +8,7 @@ import torch
 
 import contenders
 import decode
+import definition
 import harness
 import layer
 import memory
@@ -109,14 +110,20 @@ def test_targets_name_ways_that_are_measured():
     assert {name for pair in named for name in pair} <= set(built)
 
 
-def test_selected_experts_compute_the_same():
+@pytest.mark.parametrize("form", layer.FORMS)
+def test_both_forms_compute_the_layer(form, monkeypatch):
+    called = []
+    dispatch = layer.Dispatch.by_expert
+    monkeypatch.setattr(layer.Dispatch, "by_expert", lambda route: called.append(form) or dispatch(route))
     mixture = contenders.our_layer(contenders.dense_layer(24, 48), num_experts=16, expert_rank=2)
     x = torch.randn(1, 30, 24)
-    torch.testing.assert_close(layer.SelectedExperts(mixture)(x), mixture(x))
+    expected = definition.plain_layer(mixture, x[0])[None]
+    torch.testing.assert_close(layer.OneForm(mixture, layer.FORMS[form])(x), expected)
+    assert bool(called) is layer.FORMS[form]
 
 
 def test_one_product_computes_the_same_with_the_same_gradients():
-    one, two = contenders.gated_layer(24, 48), None
+    one = contenders.gated_layer(24, 48)
     two = copy.deepcopy(one)
     x, dy = torch.randn(2, 1, 30, 24)
     y_one, y_two = layer.OneProduct(one)(x), two(x)
