@@ -26,7 +26,7 @@ from training import rows_with_ceiling
 
 WAYS = ("extended", "LoRA", "Switch")
 INPUTS = 32
-CASE_S = 40.0  # a case stops after the round in which it has taken so long, seconds
+CASE_S = 30.0  # a case stops after the round in which it has taken so long, seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ WAYS = {"T5-small": ("extended", "LoRA", "Switch"), "SmolLM2-135M": ("extended",
 OF_CEILING = 0.93
 T5_ROWS, INPUTS, LABELS = 8, 96, 32
 LLAMA_ROWS, LENGTH = 4, 128
-CASE_S = 75.0  # a model's rounds stop after the one in which they have taken so long, seconds
+CASE_S = 60.0  # a model's rounds stop after the one in which they have taken so long, seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
