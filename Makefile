@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-BENCHMARKS ?= layer memory training decode scaling convert plan
+BENCHMARKS ?= layer memory training decode scaling balanced convert plan
 
 VENV := .venv
 BIN := $(VENV)/bin

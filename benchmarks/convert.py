@@ -1,12 +1,14 @@
-"""Conversion of T5-base's 48 feed-forward matrices to MPOs with 8 experts, exact and truncated, over a numpy TT-SVD.
+"""Conversion of T5-base's 48 feed-forward matrices: to MPOs of the paper's layout, and of the whole model.
 
-    python benchmarks/convert.py [--short] [--matrices 48] [--layouts separable]
+    python benchmarks/convert.py [--short] [--matrices 48]
 
-"load" is `MPOExperts.load_matrix` for every matrix, modules and their memory included, in every gauge; "upcycle" is
-`mpoe.upcycle` of the whole model, whose building is not counted. The numpy TT-SVD goes site by site from left to right
-(Oseledets 2011) and converts one matrix of each shape; all times of "load" are scaled to 48 matrices. Inside, numpy
-computes an SVD in float64 whatever the matrix is. Truncated means to half of the matrix's parameters, those of one
-expert. Weights are standard normal, which truncate worst; errors are relative Frobenius.
+"load" is `MPOExperts.load_matrix` of every matrix with 8 experts, modules and their memory included, in every gauge,
+over a TT-SVD in numpy. That goes site by site from left to right (Oseledets, 2011) and converts one matrix of each
+shape; all times of "load" are scaled to 48 matrices. Numpy computes an SVD in float64 whatever the matrix is.
+"Truncated" means to half of the matrix's parameters. Weights are standard normal, which truncate worst; errors are
+relative Frobenius norms.
+
+"upcycle" is `mpoe.upcycle` of the whole model, in the default layout and in the paper's. Its building is not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mpoe
-from contenders import BASE, TINY, t5
+from contenders import BASE, T5_TINY, dense_t5
 from harness import DTYPES, Row, Samples, Target, compare, parse, parser, write_results
 from mpoe import MPOEConfig
 from mpoe.mpo import MPO, SiteDims, site_dims, truncation_error
@@ -32,7 +34,6 @@ from mpoe.nn import MPOExperts
 NUMPY = "numpy TT-SVD"
 T5_BASE: dict[str, Any] = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}
 MATRICES, NUM_EXPERTS = 48, 8
-LAYOUTS = ("separable", "balanced")
 GAUGES = {"exact": ("identity", "central", "sqrt"), "half": ("identity", "sqrt")}
 SECONDS = {"exact": Target(3.0), "half": Target(8.0)}
 OVER_NUMPY = Target(0.2)
@@ -43,31 +44,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     made = parser("Conversion of T5-base's feed-forward matrices to MPOs.")
     made.add_argument("--matrices", type=int, help="of ours, even, count; times are scaled to 48 (48; short: 8)")
-    made.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="(both; short: separable)")
     args = parse(made, arguments)
     args.matrices = args.matrices or {"full": MATRICES, "short": 8, "tiny": 2}[args.size]
-    args.layouts = args.layouts or LAYOUTS[: 1 if args.size == "short" else 2]
     if args.matrices < 2 or args.matrices % 2:
         made.error(f"--matrices must be even and >= 2, half of each shape; got {args.matrices}")
-    D, F = (TINY["d_model"], TINY["d_ff"]) if args.size == "tiny" else BASE
+    D, F = (T5_TINY["d_model"], T5_TINY["d_ff"]) if args.size == "tiny" else BASE
     pair = [torch.randn(size, device=args.device, dtype=DTYPES[args.dtype]) for size in ((F, D), (D, F))]
     rows: list[Row] = []
-    for layout in args.layouts:
-        for cut in GAUGES:
-            rows += load_rows(pair, layout, cut, args)
+    for cut in GAUGES:
+        rows += load_rows(pair, cut, args)
     write_results("convert", rows + upcycle_rows(args), args)
 
 
-def load_rows(pair: list[Tensor], layout: str, cut: str, args: argparse.Namespace) -> list[Row]:
+def load_rows(pair: list[Tensor], cut: str, args: argparse.Namespace) -> list[Row]:
     """Every gauge beside numpy.
 
     Args:
         pair: A matrix of each shape.
-        layout: As in `site_dims`.
         cut: "exact" or "half".
         args: From `parse`.
     """
-    all_dims = [site_dims(*matrix.shape, layout=layout) for matrix in pair]
+    all_dims = [site_dims(*matrix.shape) for matrix in pair]
     bonds = [bond_for_budget(dims, 0.5) if cut == "half" else None for dims in all_dims]
     # `clone`, so that every matrix comes from memory
     matrices = [[matrix.clone() for _ in range(args.matrices // 2)] for matrix in pair]
@@ -93,7 +90,7 @@ def load_rows(pair: list[Tensor], layout: str, cut: str, args: argparse.Namespac
     note = "" if cut == "exact" else f"bonds at most {bonds[0]}, "
     return [
         Row(
-            f"load {MATRICES}, {cut}, {layout}",
+            f"load {MATRICES}, {cut}",
             way,
             scaled[way],
             samples.over(scaled[NUMPY]),
@@ -142,30 +139,26 @@ def bond_for_budget(dims: SiteDims, fraction: float) -> int:
 
 def upcycle_rows(args: argparse.Namespace) -> list[Row]:
     """The whole model, a fresh copy every time."""
-    base = t5(TINY if args.size == "tiny" else T5_BASE).to(args.device, DTYPES[args.dtype])
-    shape = base.config.d_ff, base.config.d_model
-    ways = {
-        (cut, layout, gauge): MPOEConfig(
-            num_experts=NUM_EXPERTS,
-            layout=layout,
-            gauge=gauge,
-            max_bond_dim=bond_for_budget(site_dims(*shape, layout=layout), 0.5) if cut == "half" else None,
-        )
-        for layout in args.layouts
-        for cut, gauges in GAUGES.items()
-        for gauge in gauges
-    }
-    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in ways}
-    upcycle_time(base, MPOEConfig())  # the first fetches libraries' code
+    base = dense_t5(T5_TINY if args.size == "tiny" else T5_BASE).to(args.device, DTYPES[args.dtype])
+    half = bond_for_budget(site_dims(base.config.d_ff, base.config.d_model), 0.5)
+    configs = {("exact", "extended"): MPOEConfig(num_experts=NUM_EXPERTS)}
+    for cut, gauges in GAUGES.items():
+        for gauge in gauges:
+            bond = half if cut == "half" else None
+            configs[cut, f"balanced, {gauge}"] = MPOEConfig(
+                num_experts=NUM_EXPERTS, layout="balanced", gauge=gauge, max_bond_dim=bond
+            )
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in configs}
+    upcycle_time(base, MPOEConfig())  # the first imports what libraries import late
     start = time.perf_counter()
     for n in range(args.repeats):
         if n and time.perf_counter() - start > BUDGET_S[args.size]:
             break
-        for key, config in ways.items():
+        for key, config in configs.items():
             seconds[key].append(upcycle_time(base, config))
     return [
-        Row(f"upcycle, {cut}, {layout}", gauge, Samples(tuple(values)), target=SECONDS[cut], unit="s")
-        for (cut, layout, gauge), values in seconds.items()
+        Row(f"upcycle, {cut}", way, Samples(tuple(values)), target=SECONDS[cut], unit="s")
+        for (cut, way), values in seconds.items()
     ]
 
 

@@ -1,13 +1,13 @@
-"""On a GPU, in one call of less than 8 minutes: is a layer right there, does it never wait, and what does it cost.
+"""On a GPU, in one call of less than 8 minutes: is a layer correct there, does it never synchronise, and its times.
 
     PYTHONPATH=src python benchmarks/gpu.py [--device cpu --tiny --backend aot_eager]
 
-Both data types are run, whatever `--dtype` says. Checks come first, then times; what fails is a row of the table and
-stops nothing else, what the time does not suffice for is a row that says so. A check that fails makes the exit status
-1; a time over its target does not. Times are those of a host clock with the device synchronised around samples of
-at least 10 ms, so what the host needs to start short kernels counts, as it does for users.
+Both data types run, whatever `--dtype` says. Checks come first, then times. A part that fails is a row of the table and
+stops nothing else; a part for which no time is left is a row that says so. A failed check makes the exit status 1; a
+missed target of time does not. Times are of the host's clock, with the device synchronised around samples of at least
+10 ms, so the time to launch short kernels counts, as it does for users. Weights may stay in the GPU's cache.
 
-Shape letters: T tokens, K experts per token, D model width, F FFN width, E experts.
+Shape letters: T tokens, D model width, F FFN width.
 """
 
 from __future__ import annotations
@@ -19,28 +19,48 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from contenders import BASE, TransformersExperts, dense_layer, forward_of, layouts, our_layer, step_of, switch_layer
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, write_results
-from mpoe.nn import MoEFeedForward, TopKRouter
+from contenders import (
+    BASE,
+    LAYOUTS,
+    MANY,
+    TransformersExperts,
+    dense_layer,
+    forward_of,
+    lora_layer,
+    our_layer,
+    set_apart,
+    step_of,
+    switch_layer,
+)
+from definition import plain_layer, probabilities, router_of
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, write_results
+from mpoe.nn import ExtendedExperts, MoEFeedForward
 
 SIZES = {"full": ((64, 128), BASE), "short": ((64, 128), BASE), "tiny": ((32, 64),)}  # (D, F); the last one is timed
 CHECK_TOKENS = {"full": 512, "short": 512, "tiny": 40}
 DECODE_TOKENS = (1, 32)
-TOKENS = {"full": (16384, 4096, 512), "short": (16384,), "tiny": (5,)}  # what has targets comes first
+TOKENS = {"full": (16384, 4096, 512), "short": (16384,), "tiny": (5,)}  # the one with targets comes first
 
-CHECKED = ("separable", "narrow", "ends of 64", "balanced", "top-2", "dropped tokens")
-TIMED = ("dense", "separable", "narrow", "ends of 64", "Switch", "Transformers grouped_mm")
-COMPILED = ("dense", "separable", "narrow", "ends of 64")
-GRAPHED = ("dense", "separable", "narrow")
+OPTIONS: dict[str, dict[str, Any]] = {
+    **LAYOUTS,
+    "experts with GELU": {"expert_activation": "gelu"},
+    "balanced, top-2": {"layout": "balanced", "moe_type": "moe"},
+    "dropped tokens": {"layout": "balanced", "capacity_factor": 0.75, "eval_capacity_factor": 0.75},
+}
+CHECKED = tuple(OPTIONS)
+COMPILED_CHECKED = ("extended", "experts with GELU")
+TIMED = ("dense", "extended", MANY, "LoRA", "Switch", "Transformers grouped_mm")
+COMPILED = ("dense", "extended", "LoRA")
+GRAPHED = ("dense", "extended", "LoRA")
 
 # Greatest relative error (Frobenius) of the output or of any gradient, against float64.
 TOLERANCES = {"float32": Target(1e-5), "bfloat16": Target(3e-2)}
-STEP, FORWARD = Target(1.25), Target(1.15)  # of the separable layout over dense, bfloat16 at 16384 tokens
+OVER_DENSE = Target(1.15)  # of the default layout, forward and step, bfloat16 at 16384 tokens
 CASE_S = 5.0  # a case stops after the round in which it has taken so long, seconds
 RELATIVE_ERROR, ERRORS, SKIPPED = "relative error", "errors", "skipped"  # units of rows that are not times
 
@@ -108,29 +128,31 @@ def _checks(args: argparse.Namespace) -> Iterator[Part]:
         for way in CHECKED:
             case = f"CUDA graph, bfloat16, {tokens} tokens"
             yield Part(case, way, lambda c=case, w=way, n=tokens: [_replays(c, w, n, args)])
-    for way, dtype in (("separable", "float32"), *((way, "bfloat16") for way in ("separable", "balanced", "top-2"))):
-        case = f"compiled in one graph, {dtype}"
-        yield Part(case, way, lambda c=case, w=way, t=dtype: [_compiles(c, w, t, args)])
+    for way in COMPILED_CHECKED:
+        for dtype in TOLERANCES:
+            case = f"compiled in one graph, {dtype}"
+            yield Part(case, way, lambda c=case, w=way, t=dtype: [_compiles(c, w, t, args)])
 
 
 def _is_right(case: str, way: str, D: int, F: int, dtype: str, args: argparse.Namespace) -> Row:
     x, dy, expected = _expected(way, D, F, CHECK_TOKENS[args.size])
-    layer = _checked_layer(way, D, F).to(args.device, DTYPES[dtype])
+    layer = copy.deepcopy(_checked_layer(way, D, F)).to(args.device, DTYPES[dtype])
+    x, dy = x.to(args.device, DTYPES[dtype]), dy.to(args.device, DTYPES[dtype])
     return _error_row(case, way, dtype, _results(layer, layer, x, dy), expected)
 
 
 def _never_waits(case: str, way: str, args: argparse.Namespace) -> Row:
-    """Forward and backward, with every call that would wait for the device an error."""
+    """Forward and backward, with every call that would synchronise an error."""
     if args.device == "cpu":
         return _skipped(case, way, "needs a GPU")
     layer, x = _on_device(_checked_layer, way, "bfloat16", CHECK_TOKENS[args.size], args)
-    step = step_of(layer, x)
+    step = step_of([layer], x)
     step()  # what libraries do once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
-        forward_of(layer, x)()
+        forward_of([layer], x)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return Row(case, way, Samples((0.0,)), target=Target(0), unit=ERRORS)
@@ -144,7 +166,7 @@ def _replays(case: str, way: str, tokens: int, args: argparse.Namespace) -> Row:
     replay, y = _captured(layer, x)
     x.copy_(torch.randn_like(x))
     replay()
-    return _error_row(case, way, "bfloat16", {"y": y}, {"y": forward_of(layer, x)()})
+    return _error_row(case, way, "bfloat16", {"y": y}, {"y": forward_of([layer], x)()})
 
 
 def _compiles(case: str, way: str, dtype: str, args: argparse.Namespace) -> Row:
@@ -176,16 +198,15 @@ def _results(function: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, 
 
     Args:
         function: The layer itself, or another way to compute it.
-        layer: Whose parameters get gradients, and whose device and dtype x and dy are brought to.
+        layer: Whose parameters get gradients.
         x: (1, T, D).
         dy: Of the output.
     """
-    parameter = next(layer.parameters())
-    x = x.detach().to(parameter).requires_grad_()
+    x = x.detach().requires_grad_()
     layer.train()
     layer.zero_grad()
     y = function(x)
-    y.backward(dy.to(parameter))
+    y.backward(dy)
     gradients = {"x": x, **dict(layer.named_parameters())}
     results = {"y": y.detach()} | {f"gradient of {name}": t.grad for name, t in gradients.items() if t.grad is not None}
     layer.eval()
@@ -195,57 +216,18 @@ def _results(function: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, 
 
 @functools.cache
 def _expected(way: str, D: int, F: int, tokens: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Tokens, a gradient of the output, and what a layer makes of them by `_plain`; all on the CPU in float64.
+    """Tokens, a gradient of the output, and what `plain_layer` makes of them; all on the CPU in float64.
 
-    Tokens whose experts are a matter of rounding are left out.
+    Tokens whose experts depend on rounding are left out.
     """
-    layer = _checked_layer(way, D, F)
-    router = _router(layer)
+    layer = copy.deepcopy(_checked_layer(way, D, F)).double()
+    router = router_of(layer)
     x_TD = torch.randn(2 * tokens, D).bfloat16().double()
-    steps = -_probabilities(router, x_TD).detach().sort(dim=-1, descending=True).values.diff(dim=-1)
+    steps = -probabilities(router, x_TD).detach().sort(dim=-1, descending=True).values.diff(dim=-1)
     margin = steps[:, : router.top_k].amin(dim=-1)
     x = x_TD[margin.argsort(descending=True)[:tokens]][None]
     dy = torch.randn(x.shape).bfloat16().double()
-    return x, dy, _results(lambda x: _plain(layer, x[0])[None], layer, x, dy)
-
-
-def _router(layer: MoEFeedForward) -> TopKRouter:
-    assert layer.router is not None, "layers that are checked have several experts"
-    return layer.router
-
-
-def _probabilities(router: TopKRouter, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-    """The router's, by its definition."""
-    mean_square = x_TD.square().mean(dim=-1, keepdim=True)
-    unit = x_TD / (mean_square + torch.finfo(torch.float32).eps).sqrt()
-    return (unit @ router.weight.T + router.bias).softmax(dim=-1)
-
-
-def _plain(layer: MoEFeedForward, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-    """A layer by its definition: expert after expert, each with its matrices multiplied out."""
-    router = _router(layer)
-    seen_TD = x_TD if router.gradient == "all" else x_TD.detach()
-    top, index = _probabilities(router, seen_TD).topk(router.top_k, dim=-1)
-    weight = top / (top.detach() if router.top_k == 1 else top.sum(dim=-1, keepdim=True))
-    kept = _kept(index, router.num_experts, router.capacity_factor)
-    y = torch.zeros_like(x_TD)
-    for e in range(router.num_experts):
-        token, choice = torch.where((index == e) & kept)
-        h = layer.activation(x_TD[token] @ layer.up.expert_matrix(e).T)
-        y = y.index_add(0, token, h @ layer.down.expert_matrix(e).T * weight[token, choice, None])
-    return y
-
-
-def _kept(index: Int[Tensor, "T K"], num_experts: int, factor: float | None) -> Bool[Tensor, "T K"]:
-    """Who finds a place, asked one after the other: first choices before second ones."""
-    kept = torch.ones_like(index, dtype=torch.bool)
-    if factor is not None:
-        places = [max(4, int(factor * len(index) / num_experts))] * num_experts
-        for k in range(index.shape[1]):
-            for t, e in enumerate(index[:, k].tolist()):
-                kept[t, k] = places[e] > 0
-                places[e] -= 1
-    return kept
+    return x, dy, _results(lambda x: plain_layer(layer, x[0])[None], layer, x, dy)
 
 
 def _timings(args: argparse.Namespace) -> Iterator[Part]:
@@ -267,17 +249,19 @@ def _timings(args: argparse.Namespace) -> Iterator[Part]:
 
 def _time_eager(case: str, of: Callable, dtype: str, tokens: int, args: argparse.Namespace) -> list[Row]:
     def way(name: str) -> Callable[[], object]:
-        return of(*_on_device(_layer, name, dtype, tokens, args))
+        layer, x = _on_device(_layer, name, dtype, tokens, args)
+        return of([layer], x)
 
-    targets = {("separable", "dense"): _target(of)} if (dtype, tokens) == ("bfloat16", 16384) else {}
+    targets = {("extended", "dense"): OVER_DENSE} if (dtype, tokens) == ("bfloat16", 16384) else {}
     return _time(case, {name: functools.partial(way, name) for name in TIMED}, targets, args)
 
 
 def _time_decode(case: str, tokens: int, args: argparse.Namespace) -> list[Row]:
-    """Forwards of few tokens, where starting kernels is what takes time, with and without a CUDA graph."""
+    """Forwards of few tokens, where launching kernels takes the time, with and without a CUDA graph."""
 
     def eager(name: str) -> Callable[[], object]:
-        return forward_of(*_on_device(_layer, name, "bfloat16", tokens, args))
+        layer, x = _on_device(_layer, name, "bfloat16", tokens, args)
+        return forward_of([layer], x)
 
     def graph(name: str) -> Callable[[], object]:
         return _captured(*_on_device(_layer, name, "bfloat16", tokens, args))[0]
@@ -290,20 +274,17 @@ def _time_decode(case: str, tokens: int, args: argparse.Namespace) -> list[Row]:
 
 def _time_compiled(case: str, of: Callable, tokens: int, args: argparse.Namespace) -> list[Row]:
     def eager() -> Callable[[], object]:
-        return of(*_on_device(_layer, "dense", "bfloat16", tokens, args))
+        layer, x = _on_device(_layer, "dense", "bfloat16", tokens, args)
+        return of([layer], x)
 
     def compiled(name: str) -> Callable[[], object]:
         layer, x = _on_device(_layer, name, "bfloat16", tokens, args)
-        return of(_compiled(layer, args, x), x)
+        return of([_compiled(layer, args)], x)
 
     torch.compiler.reset()  # it refuses to compile the same code again and again
     makers = {"dense": eager} | {f"{name}, compiled": functools.partial(compiled, name) for name in COMPILED}
-    targets = {("separable, compiled", "dense, compiled"): _target(of)} if tokens == 16384 else {}
+    targets = {("extended, compiled", "dense, compiled"): OVER_DENSE} if tokens == 16384 else {}
     return _time(case, makers, targets, args)
-
-
-def _target(of: Callable) -> Target:
-    return STEP if of is step_of else FORWARD
 
 
 def _time(
@@ -322,7 +303,7 @@ def _time(
             ways[name] = way
         except Exception as error:  # this way's result; the others shall be timed
             failed.append(_raised(case, name, error))
-    return rows_over_dense(case, compare(ways, args.repeats, budget_s=CASE_S), targets) + failed
+    return rows_over(case, compare(ways, args.repeats, budget_s=CASE_S), targets) + failed
 
 
 def _on_device(
@@ -334,44 +315,42 @@ def _on_device(
     return layer, torch.randn(1, tokens, D, device=args.device, dtype=DTYPES[dtype])
 
 
+@functools.cache
 def _checked_layer(way: str, D: int, F: int) -> MoEFeedForward:
-    """A copy of a layer in float64 whose numbers all data types can represent, on the CPU.
+    """A layer in float32 whose numbers bfloat16 can represent, apart from routers and factors; on the CPU.
 
     With GELU: a rounded number that changes its sign changes ReLU's derivative from 0 to 1. With experts that differ
-    much: the gradient of top-2's router is the difference of two outputs, of which rounding would leave little.
+    much: the gradient of a router of two experts is the difference of two outputs, which rounding would hide.
     """
-    layer = copy.deepcopy(_layer(way, D, F))
-    assert isinstance(layer, MoEFeedForward), way
+    layer: Any = copy.deepcopy(_layer(way, D, F))
     layer.activation = nn.GELU()
     for experts in (layer.up, layer.down):
-        experts.add_noise(0.5, torch.Generator().manual_seed(0))
-    return layer.bfloat16().double()
+        if isinstance(experts, ExtendedExperts):
+            set_apart(experts, std=0.3)
+        else:
+            experts.add_noise(0.5, torch.Generator().manual_seed(0))
+    return layer.bfloat16().float()
 
 
 @functools.cache
 def _layer(way: str, D: int, F: int) -> nn.Module:
-    """Any of the layers, on the CPU in float32; ours start as the dense one."""
-    if way == "dense":
-        return _dense(D, F)
-    if way == "Switch":
-        return switch_layer(D, F)
-    if way == "Transformers grouped_mm":
-        return TransformersExperts(D, F, "grouped_mm")
-    options = {
-        **layouts(),
-        "top-2": {"moe_type": "moe"},
-        "dropped tokens": {"capacity_factor": 0.75, "eval_capacity_factor": 0.75},
+    """Any of the layers, on the CPU in float32."""
+    if way in OPTIONS:
+        return our_layer(_dense(D, F), **OPTIONS[way])
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: _dense(D, F),
+        "LoRA": lambda: lora_layer(_dense(D, F)),
+        "Switch": lambda: switch_layer(D, F),
+        "Transformers grouped_mm": lambda: TransformersExperts(D, F),
     }
-    return our_layer(_dense(D, F), **options[way])
+    return makers[way]()
 
 
 _dense = functools.cache(dense_layer)
 
 
-def _compiled(layer: nn.Module, args: argparse.Namespace, x: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A layer as one graph; x, (1, T, D), is for one that has never run and has no counters yet."""
-    if x is not None:
-        forward_of(layer, x)()
+def _compiled(layer: nn.Module, args: argparse.Namespace) -> Any:
+    """A layer as one graph."""
     return torch.compile(layer, fullgraph=True, dynamic=False, backend=args.backend)
 
 
@@ -382,7 +361,7 @@ def _captured(layer: nn.Module, x: Tensor) -> tuple[Callable[[], None], Tensor]:
         layer: On the GPU.
         x: (1, T, D); a replay reads what is in it by then.
     """
-    forward = forward_of(layer, x)
+    forward = forward_of([layer], x)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # as torch.cuda.graph's documentation asks for

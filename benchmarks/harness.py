@@ -18,12 +18,10 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ UNITS = {"ms": 1e3, "MiB": 2**-20, "GiB": 2**-30}  # of seconds and bytes, which
 
 @dataclass(frozen=True)
 class Samples:
-    """Numbers of one way, one per round: seconds a call, bytes, tokens a second, or ratios."""
+    """Numbers of one way, one a round: seconds a call, bytes, tokens a second, or ratios."""
 
     values: tuple[float, ...]
 
@@ -101,7 +99,7 @@ class Row:
 
     Attributes:
         case: What was done, "forward, 512 tokens".
-        way: By whom, "MPOE separable".
+        way: By whom, "extended".
         value: As measured: seconds, bytes, or a rate.
         ratio: Over another way, round by round; None where there is none.
         over: That other way.
@@ -180,70 +178,37 @@ def compare(
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def ratios(times: dict[str, Samples], over: str = "dense") -> dict[str, Samples]:
+def ratios(times: Mapping[str, Samples], over: str = "dense") -> dict[str, Samples]:
     """Every way's ratio to one of them, round by round; the median of the ratios, not the ratio of the medians."""
     return {name: samples.over(times[over]) for name, samples in times.items()}
 
 
-def rows_over_dense(
-    case: str, values: dict[str, Samples], targets: dict[tuple[str, str], Target], unit: str = "ms"
+def rows_over(
+    case: str,
+    values: Mapping[str, Samples],
+    targets: Mapping[tuple[str, str], Target] | None = None,
+    unit: str = "ms",
+    over: str = "dense",
 ) -> list[Row]:
-    """One row a way with its ratio over "dense", and one for every target over something else.
+    """Return one row a way with its ratio over one of them, and one for every target over something else.
 
     Args:
         case: What was measured.
-        values: By way; "dense" is among them.
+        values: By way.
         targets: By (way, over); those of ways or overs that were not measured are left out.
         unit: See `Row`.
+        over: The way that all are compared with.
     """
-    over_dense = ratios(values)
-    rows = [Row(case, way, values[way], over_dense[way], "dense", targets.get((way, "dense")), unit) for way in values]
-    return rows + [
-        Row(case, way, values[way], values[way].over(values[over]), over, target, unit)
-        for (way, over), target in targets.items()
-        if over != "dense" and way in values and over in values
+    targets = targets or {}
+    rows = [
+        Row(case, way, values[way], ratio, over, targets.get((way, over)), unit)
+        for way, ratio in ratios(values, over).items()
     ]
-
-
-def tensor_peak(function: Callable[[], object]) -> int:
-    """The most memory that tensors take while a function runs, above what is there before, bytes.
-
-    Every allocation of PyTorch's CPU allocator counts, those inside of an operator and of the backward pass too.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells on stderr that it starts and stops
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def process_peak() -> int:
-    """The most memory that this process has had resident so far, bytes.
-
-    Not the parent's `RUSAGE_CHILDREN`: that is the greatest of all children, and begins at the parent's own size.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rows + [
+        Row(case, way, values[way], values[way].over(values[other]), other, target, unit)
+        for (way, other), target in targets.items()
+        if other != over and way in values and other in values
+    ]
 
 
 def run_child(script: str, *flags: str) -> dict[str, Any]:
@@ -266,9 +231,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The command line that all benchmarks have; a script may add its own flags."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--short", dest="size", action="store_const", const="short", help="fewer cases, below a minute")
-    made.add_argument(
-        "--tiny", dest="size", action="store_const", const="tiny", help="only shows that the script works, for tests"
-    )
+    made.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="shows that the script works")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch, count (all cores)")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--dtype", default="float32", choices=DTYPES)

@@ -1,181 +1,240 @@
-"""Time of one T5-base feed-forward layer over the dense one, forward and training step, ours and others'.
+"""Time and memory of one feed-forward layer over the dense one: ours, PEFT's LoRA, and Transformers' mixtures.
 
-    python benchmarks/layer.py [--short] [--phases forward step] [--tokens 512 4096] [--ways narrow Switch]
+    python benchmarks/layer.py [--short] [--phases forward step] [--tokens 512 4096] [--ways extended Switch]
 
-"forward" is evaluation without gradients, of up to 32 tokens through four layers; "step" is forward and backward in
-training mode, the input's gradient included. "step memory" is what tensors take in a step above the layer's parameters
-and input. "accumulation" is four micro-batches before one optimizer step, with the balanced matrices multiplied out in
-each or once.
+The layer is T5-base's FFN (768 × 3072, float32). Weights are cold, as in a model: each way has eight copies of its
+layer and each call takes the next one. A single layer of 19 MB stays in a cache of 32 MB, where a dense layer of one
+token takes half the time, and ratios mean nothing.
+
+Phases:
+    forward: Evaluation without gradients.
+    step: Forward and backward in training mode. The base trains in all ways, LoRA's too. "step memory" is the peak of
+        tensors in a step above the layer's parameters and input.
+    selected: The time of all experts on all tokens over that of the selected experts alone, each on its own tokens.
+    shared: SmolLM2's gated FFN (576 × 1536), whose matrices gate and up read the same input: the time of one product
+        with each U, as the layer computes them, over that of one product with both.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contenders import (
     BASE,
+    LAYOUTS,
+    LORA_RANK,
+    MANY,
     TransformersExperts,
+    cold_copies,
     dense_layer,
     forward_of,
-    layouts,
+    gated_layer,
+    lora_layer,
     our_layer,
-    reference_style_layer,
     step_of,
     switch_layer,
-    tensorly_layer,
 )
-from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over_dense, tensor_peak, write_results
-from mpoe.nn import Accumulation
+from harness import DTYPES, Row, Samples, Target, compare, parse, parser, rows_over, write_results
+from measures import tensor_peak
+from mpoe.nn import ExtendedExperts, MoEFeedForward
+from mpoe.nn.dispatch import Dispatch
 
-PHASES = ("forward", "step", "accumulation")
-MICRO_BATCHES = 4
 TOKENS = {"full": (1, 32, 512, 4096), "short": (1, 512), "tiny": (3,)}
-# A few tokens go through several layers one after the other, as in a model: the weights of one would stay in the cache.
-DEPTH, DEEP_TOKENS = 4, 32
-ACCUMULATED_TOKENS = {"full": 512, "short": 512, "tiny": 3}
-# What needs a copy of an expert's matrices a token, or as many FLOPs as hundreds of dense layers.
-ONLY_FEW_TOKENS = {"Transformers batched_mm": 32, "tensorly-torch factorized": 32}
-MANY = "separable, 64 experts"
+STEP_TOKENS = 32  # at least: fewer are nobody's training step
+OURS, LORA = "extended", f"LoRA of rank {LORA_RANK}"
+SELECTED = ((32, 8), (128, 8), (128, 4), (64, 16))  # experts and their rank
+FORMS = {"all experts": False, "selected experts": True}
+WORTH_IT = Target(1.3, at_most=False)  # a second implementation stays if it is this much faster
+FASTER = Target(1.0, at_most=False)
+GATED = {"full": (576, 1536), "short": (576, 1536), "tiny": (16, 24)}
+CASE_S, PAIR_S = 40.0, 8.0  # a case, and one of two ways, stops after the round in which it takes this long, seconds
 
-TARGETS: dict[tuple[str, int], dict[tuple[str, str], Target]] = {
-    ("forward", 1): {
-        ("separable", "dense"): Target(1.6),
-        ("narrow", "dense"): Target(1.4),
-        ("balanced", "Switch"): Target(1.0),
-    },
-    ("forward", 32): {
-        ("separable", "dense"): Target(1.9),
-        ("narrow", "dense"): Target(1.4),
-        ("balanced", "Switch"): Target(1.0),
-    },
-    ("forward", 512): {
-        ("separable", "dense"): Target(1.6),
-        ("narrow", "dense"): Target(1.2),
-        ("balanced", "Switch"): Target(1.0),
-        (MANY, "separable"): Target(1.15),
-    },
-    ("forward", 4096): {
-        ("separable", "dense"): Target(1.5),
-        ("narrow", "dense"): Target(1.2),
-        ("balanced", "dense"): Target(1.1),
-        ("balanced", "Switch"): Target(1.0),
-        (MANY, "separable"): Target(1.15),
-    },
-    ("step", 512): {
-        ("separable", "dense"): Target(1.5),
-        ("narrow", "dense"): Target(1.25),
-        (MANY, "separable"): Target(1.15),
-    },
-    ("step", 4096): {
-        ("separable", "dense"): Target(1.5),
-        ("narrow", "dense"): Target(1.2),
-        ("balanced", "reference-style"): Target(1.0),
-        (MANY, "separable"): Target(1.15),
-    },
-    ("accumulation", 512): {("balanced, rebuilt once", "balanced"): Target(0.4)},
-    ("step memory", 4096): {("balanced", "reference-style"): Target(0.4)},
-}  # fmt: skip
+TARGETS: dict[tuple[str, int], dict[str, float]] = {
+    ("forward", 1): {OURS: 1.45},
+    ("forward", 32): {OURS: 1.25},
+    ("forward", 512): {OURS: 1.15, MANY: 1.3},
+    ("forward", 4096): {OURS: 1.15, MANY: 1.3},
+    ("step", 512): {OURS: 1.2, MANY: 1.3},
+    ("step", 4096): {OURS: 1.2, MANY: 1.3},
+    ("step memory", 512): {OURS: 1.15},
+    ("step memory", 4096): {OURS: 1.15},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    made = parser("Time of one feed-forward layer over the dense one.")
-    made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    phases = {"forward": forward_rows, "step": step_rows, "selected": selected_rows, "shared": shared_rows}
+    made = parser("Time and memory of one feed-forward layer over the dense one.")
+    made.add_argument("--phases", nargs="+", choices=phases, default=tuple(phases))
     made.add_argument("--tokens", nargs="+", type=int, help="of a batch, counts")
-    made.add_argument("--ways", nargs="+", help="only these (and dense), by their names in the table")
+    made.add_argument("--ways", nargs="+", help="of forward and step, only these and dense")
     args = parse(made, arguments)
-    layers = build(args)
+    args.tokens = args.tokens or TOKENS[args.size]
     rows: list[Row] = []
     for phase in args.phases:
-        for tokens in args.tokens or TOKENS[args.size]:
-            if phase == "step" and args.size == "full" and not args.tokens and tokens <= DEEP_TOKENS:
-                continue  # minutes for what nobody trains with
-            if phase == "accumulation":
-                rows += _measure_accumulation(tokens, layers, args)
-            else:
-                rows += _measure(phase, tokens, layers, args)
+        rows += phases[phase](args)
     write_results("layer", rows, args)
 
 
-def build(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The layers by name, on their device; those that cannot be had are named and left out."""
-    D, F = (32, 64) if args.size == "tiny" else BASE
-    dense = dense_layer(D, F)
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: dense,
-        "Switch": lambda: switch_layer(D, F),
-        "Transformers grouped_mm": lambda: TransformersExperts(D, F, "grouped_mm"),
-        "Transformers batched_mm": lambda: TransformersExperts(D, F, "batched_mm"),
-        "tensorly-torch reconstructed": lambda: tensorly_layer(dense, "reconstructed"),
-        "tensorly-torch factorized": lambda: tensorly_layer(dense, "factorized"),
-        "reference-style": lambda: reference_style_layer(dense),
-        **{name: lambda o=options: our_layer(dense, **o) for name, options in layouts().items()},
-        MANY: lambda: our_layer(dense, num_experts=64),
-    }
-    layers = {}
-    for name, make in makers.items():
-        if not args.ways or name in ("dense", *args.ways):
-            try:
-                layers[name] = make().to(args.device, DTYPES[args.dtype])
-            except ImportError as error:
-                print(f"{name} is left out: {error} (pip install tensorly-torch)")
-    return layers
-
-
-def _measure(phase: str, tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
-    x, case = _inputs(tokens, args), f"{phase}, {tokens} tokens"
-    measured = {name: layer for name, layer in layers.items() if tokens <= ONLY_FEW_TOKENS.get(name, tokens)}
-    if phase == "forward":
-        depth = DEPTH if tokens <= DEEP_TOKENS else 1
-        case += f", {depth} layers" if depth > 1 else ""
-        ways = {name: forward_of(_stack(layer, depth), x) for name, layer in measured.items()}
-    else:
-        ways = {name: step_of(layer, x) for name, layer in measured.items()}
-    rows = rows_over_dense(case, compare(ways, args.repeats), TARGETS.get((phase, tokens), {}))
-    if phase == "step":
-        peaks = {name: Samples((float(tensor_peak(way)),)) for name, way in ways.items()}
-        targets = TARGETS.get(("step memory", tokens), {})
-        rows += rows_over_dense(f"step memory, {tokens} tokens", peaks, targets, "MiB")
+def forward_rows(args: argparse.Namespace) -> list[Row]:
+    """Every way's forward over dense."""
+    layers = build(args)
+    rows: list[Row] = []
+    for tokens in args.tokens:
+        x = _inputs(tokens, _base(args)[0], args)
+        times = _compare({name: forward_of(copies, x) for name, copies in layers.items()}, args)
+        rows += rows_over(f"forward, {tokens} tokens", times, targets_of("forward", tokens))
     return rows
 
 
-def _measure_accumulation(tokens: int, layers: dict[str, nn.Module], args: argparse.Namespace) -> list[Row]:
-    if "balanced" not in layers or tokens != ACCUMULATED_TOKENS[args.size]:
-        return []
-    x, balanced = _inputs(tokens, args), layers["balanced"]
-    accumulation = Accumulation(balanced)
-    ways = {name: _several(step_of(layers[name], x)) for name in ("dense", "balanced")}
-
-    def rebuilt_once() -> None:
-        with accumulation.step():
-            for _ in range(MICRO_BATCHES):
-                balanced(x).backward(x)
-        balanced.zero_grad()
-
-    ways["balanced, rebuilt once"] = rebuilt_once
-    case = f"accumulation, {MICRO_BATCHES} times {tokens} tokens"
-    return rows_over_dense(case, compare(ways, args.repeats), TARGETS.get(("accumulation", tokens), {}))
+def step_rows(args: argparse.Namespace) -> list[Row]:
+    """Every way's training step over dense, in time and memory."""
+    layers = build(args)
+    rows: list[Row] = []
+    for tokens in args.tokens:
+        if tokens < STEP_TOKENS and args.size != "tiny":
+            continue
+        x = _inputs(tokens, _base(args)[0], args)
+        ways = {name: step_of(copies, x) for name, copies in layers.items()}
+        rows += rows_over(f"step, {tokens} tokens", _compare(ways, args), targets_of("step", tokens))
+        peaks = {name: Samples((float(tensor_peak(way)),)) for name, way in ways.items()}
+        targets = targets_of("step memory", tokens)
+        rows += rows_over(f"step memory, {tokens} tokens", peaks, targets, "MiB")
+    return rows
 
 
-def _stack(layer: nn.Module, depth: int) -> nn.Module:
-    return nn.Sequential(layer, *(copy.deepcopy(layer) for _ in range(depth - 1)))
+def targets_of(phase: str, tokens: int) -> dict[tuple[str, str], Target]:
+    """Return the targets of a case: over dense, and, of times, over Transformers' Switch layer."""
+    targets = {(way, "dense"): Target(value) for way, value in TARGETS.get((phase, tokens), {}).items()}
+    return targets if phase == "step memory" else targets | {(OURS, "Switch"): Target(1.0)}
 
 
-def _several(step: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(MICRO_BATCHES):
-            step()
+def build(args: argparse.Namespace) -> dict[str, list[nn.Module]]:
+    """Return the copies of every way's layer, on their device."""
+    D, F = _base(args)
+    dense = dense_layer(D, F)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: dense,
+        **{name: lambda o=options: our_layer(dense, **o) for name, options in LAYOUTS.items()},
+        LORA: lambda: lora_layer(dense),
+        "Switch": lambda: switch_layer(D, F),
+        "Transformers grouped_mm": lambda: TransformersExperts(D, F),
+    }
+    wanted = {name: make for name, make in makers.items() if not args.ways or name in ("dense", *args.ways)}
+    return {name: cold_copies(_placed(make(), args), dense) for name, make in wanted.items()}
 
-    return run
+
+def selected_rows(args: argparse.Namespace) -> list[Row]:
+    """All experts on all tokens over the selected ones alone."""
+    D, F = _base(args)
+    dense = dense_layer(D, F)
+    rows: list[Row] = []
+    for experts, rank in SELECTED[: 1 if args.size == "tiny" else None]:
+        layer = _placed(our_layer(dense, num_experts=experts, expert_rank=rank), args)
+        copies = cold_copies(layer, dense)
+        ways = {name: [OneForm(copy, selects) for copy in copies] for name, selects in FORMS.items()}
+        rows += _rows_of_two(f"{experts} experts of rank {rank}", ways, WORTH_IT, D, args)
+    return rows
 
 
-def _inputs(tokens: int, args: argparse.Namespace) -> torch.Tensor:
-    width = 32 if args.size == "tiny" else BASE[0]
+class OneForm(nn.Module):
+    """A mixture's layer whose experts are computed in one form, whichever the layer would choose.
+
+    Args:
+        layer: Has a router and extended experts, without a gate matrix.
+        selects: Whether each expert is computed on its own tokens alone.
+    """
+
+    def __init__(self, layer: Any, selects: bool) -> None:
+        super().__init__()
+        self.layer: MoEFeedForward = layer
+        self.selects = selects
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, D) to (1, T, D)."""
+        layer, x_TD = self.layer, x[0]
+        assert layer.router is not None, "the layer has several experts"
+        route = layer.router(x_TD)
+        if self.selects:
+            dispatch = Dispatch.by_expert(route)
+            routing = (route.weight.flatten()[dispatch.order], dispatch)
+        else:
+            routing = (route.gates,)
+        return layer.down(layer.activation(layer.up(x_TD, *routing)), *routing)[None]
+
+
+def shared_rows(args: argparse.Namespace) -> list[Row]:
+    """One product with each U over one product with both, in a gated FFN."""
+    D, F = GATED[args.size]
+    layer = _placed(gated_layer(D, F), args)
+    ways = {"two products": cold_copies(layer, layer)}
+    ways["one product"] = [OneProduct(copy) for copy in ways["two products"]]
+    return _rows_of_two(f"gated FFN {D} × {F}", ways, FASTER, D, args)
+
+
+class OneProduct(nn.Module):
+    """A gated mixture whose matrices gate and up share one product for U.
+
+    Args:
+        layer: Has a router and extended experts without an activation.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer: MoEFeedForward = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, D) to (1, T, D)."""
+        layer, x_TD = self.layer, x[0]
+        gate, up = layer.gate, layer.up
+        assert layer.router is not None, "the layer has several experts"
+        assert isinstance(gate, ExtendedExperts), "the layer is gated and extended"
+        assert isinstance(up, ExtendedExperts), "the layer is gated and extended"
+        gates = layer.router(x_TD).gates
+        scales = torch.stack([gate.scale, up.scale])
+        u = nn.functional.linear(x_TD, torch.cat([gate.offsets_U, up.offsets_U]))
+        g = gates[:, None, :, None] * scales[:, None, None]
+        h = (u.view(len(u), 2, up.num_experts, up.rank) * g).view(len(u), 2, -1)
+        gate_TF = gate.base(x_TD).addmm_(h[:, 0], gate.offsets_V.T)
+        up_TF = up.base(x_TD).addmm_(h[:, 1], up.offsets_V.T)
+        return layer.down(layer.activation(gate_TF) * up_TF, gates)[None]
+
+
+def _rows_of_two(
+    case: str, ways: Mapping[str, Sequence[nn.Module]], target: Target, D: int, args: argparse.Namespace
+) -> list[Row]:
+    """Forward and step of two ways, the first over the second."""
+    first, second = ways
+    rows: list[Row] = []
+    for phase, of in (("forward", forward_of), ("step", step_of)):
+        for tokens in args.tokens:
+            x = _inputs(tokens, D, args)
+            if phase == "forward" or tokens >= STEP_TOKENS or args.size == "tiny":
+                times = _compare({name: of(copies, x) for name, copies in ways.items()}, args, PAIR_S)
+                rows += rows_over(f"{phase}, {tokens} tokens, {case}", times, {(first, second): target}, over=second)
+    return rows
+
+
+def _compare(
+    ways: Mapping[str, Callable[[], object]], args: argparse.Namespace, budget_s: float = CASE_S
+) -> dict[str, Samples]:
+    return compare(ways, args.repeats, warmup=1, budget_s=budget_s)
+
+
+def _base(args: argparse.Namespace) -> tuple[int, int]:
+    return (32, 64) if args.size == "tiny" else BASE
+
+
+def _placed(layer: nn.Module, args: argparse.Namespace) -> nn.Module:
+    return layer.to(args.device, DTYPES[args.dtype])
+
+
+def _inputs(tokens: int, width: int, args: argparse.Namespace) -> Tensor:
     return torch.randn(1, tokens, width, device=args.device, dtype=DTYPES[args.dtype])
 
 

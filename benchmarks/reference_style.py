@@ -24,7 +24,7 @@ class ReferenceStyleMatrix(nn.Module):
 
     def __init__(self, matrix: Tensor, num_experts: int, noise: float) -> None:
         super().__init__()
-        dims = site_dims(*matrix.shape, layout="balanced")
+        dims = site_dims(*matrix.shape)
         sites = [site.contiguous() for site in decompose(matrix, dims, gauge="sqrt").sites]
         self.shape = matrix.shape
         self.middle = dims.central

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import definition
 import harness
 from mpoe.nn import TopKRouter
 
@@ -19,6 +20,8 @@ def _quick(monkeypatch):
     monkeypatch.setattr(harness, "MIN_SAMPLE_S", 1e-6)
     yield
     gpu._layer.cache_clear()
+    gpu._checked_layer.cache_clear()
+    gpu._dense.cache_clear()
     gpu._expected.cache_clear()
 
 
@@ -72,9 +75,9 @@ def test_what_is_wrong_or_raises_stops_nothing_else(tmp_path, monkeypatch):
 
     forward = TopKRouter.forward
 
-    def wrong(router, x, mask=None):
-        route = forward(router, x, mask)
-        if router.top_k > 1:
+    def wrong(router, *inputs):
+        route = forward(router, *inputs)
+        if router.top_k > 1 and router.bias is not None:
             route.weight = route.weight * 1.1
         return route
 
@@ -86,7 +89,7 @@ def test_what_is_wrong_or_raises_stops_nothing_else(tmp_path, monkeypatch):
     assert status == 1
     timings = {(f"{phase}, {dtype}, 5 tokens", "Switch") for phase in ("step", "forward") for dtype in gpu.TOLERANCES}
     decoding = {(f"decode, bfloat16, {tokens} tokens", "all") for tokens in gpu.DECODE_TOKENS}
-    wrong_ones = {(f"against float64, 64x32, {dtype}", "top-2") for dtype in gpu.TOLERANCES}
+    wrong_ones = {(f"against float64, 64x32, {dtype}", "balanced, top-2") for dtype in gpu.TOLERANCES}
     assert failed(rows) == timings | decoding | wrong_ones
     assert {row["note"] for row in rows if row["unit"] == "errors"} == {"RuntimeError: not here"}
 
@@ -98,16 +101,32 @@ def test_results_that_are_not_finite_are_no_results():
 
 def test_a_full_expert_takes_first_choices_and_early_tokens():
     index = torch.tensor([[1, 0]] * 3 + [[0, 1]] * 4)  # two experts, 4 places each
-    kept = gpu._kept(index, 2, 1.0)
+    kept = definition.kept(index, 2, 1.0)
     assert kept[:, 0].all()
     assert kept[:, 1].tolist() == [False, False, False, True, False, False, False]
-    assert gpu._kept(index, 2, None).all()
+    assert definition.kept(index, 2, None).all()
 
 
 def test_plain_is_the_layer_for_one_expert_per_token():
-    layer = gpu._checked_layer("separable", 32, 64)
+    layer = gpu._checked_layer("balanced", 32, 64)
     x = torch.randn(1, 9, 32, dtype=torch.float64)
-    expert = layer.router(x[0]).expert_index[:, 0].tolist()
+    expert = layer.router(x[0].float()).expert_index[:, 0].tolist()
+    layer.double()
     tokens = zip(expert, x[0], strict=True)
     expected = [layer.down.expert_matrix(e) @ nn.functional.gelu(layer.up.expert_matrix(e) @ t) for e, t in tokens]
-    torch.testing.assert_close(gpu._plain(layer, x[0]), torch.stack(expected))
+    torch.testing.assert_close(definition.plain_layer(layer, x[0]), torch.stack(expected))
+
+
+def test_plain_adds_every_selected_expert_to_the_shared_matrix():
+    layer = gpu._checked_layer("extended", 32, 64).double()
+    x = torch.randn(9, 32, dtype=torch.float64)
+    probability = (layer.router.weight @ (x / x.square().mean(dim=1, keepdim=True).sqrt()).T).softmax(dim=0).T
+
+    def matrix(experts, gates):
+        return experts.base.weight + experts.offset_matrix(gates)
+
+    expected = []
+    for token, p in zip(x, probability, strict=True):
+        gates = torch.where(p >= p.sort().values[-2], p, 0.0)
+        expected.append(matrix(layer.down, gates) @ nn.functional.gelu(matrix(layer.up, gates) @ token))
+    torch.testing.assert_close(definition.plain_layer(layer, x), torch.stack(expected), rtol=1e-6, atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import harness
-from harness import Row, Samples, Target, compare, parse, parser, ratios, rows_over_dense
+from harness import Row, Samples, Target, compare, parse, parser, ratios, rows_over
 
 
 class Clock:
@@ -93,36 +93,22 @@ def test_rows_have_a_target_over_dense_or_over_another_way():
         ("not measured", "dense"): Target(1.0),
         ("ours", "not measured"): Target(1.0),
     }
-    rows = rows_over_dense("case", values, targets)
+    rows = rows_over("case", values, targets)
     assert [(row.way, row.over, row.verdict) for row in rows] == [
         ("dense", "dense", ""), ("Switch", "dense", ""), ("ours", "dense", "missed"), ("ours", "Switch", "passed"),
+    ]  # fmt: skip
+
+
+def test_rows_over_another_way():
+    rows = rows_over("case", {"all": Samples((6.0,)), "selected": Samples((4.0,))}, over="selected")
+    assert [(row.way, row.over, row.ratio) for row in rows] == [
+        ("all", "selected", Samples((1.5,))), ("selected", "selected", Samples((1.0,))),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("at_most", "median", "holds"), [(True, 2.0, True), (True, 2.1, False), (False, 1.9, False)])
 def test_a_target_is_about_the_median(at_most, median, holds):
     assert Target(2.0, at_most).holds(Samples((0.0, median, 9.0))) is holds
-
-
-def test_peak_counts_what_lives_together():
-    x = torch.randn(256, 256)
-    one = x.nbytes
-    assert harness.tensor_peak(lambda: x + x) == one
-    assert harness.tensor_peak(lambda: [x + x for _ in range(3)]) == 3 * one
-    assert harness.tensor_peak(lambda: [(x + x).sum().item() for _ in range(3)]) < 2 * one
-
-
-def test_peak_counts_the_backward_pass():
-    x = torch.randn(256, 256)
-    weight = torch.randn(256, 256, requires_grad=True)
-    # at its end, the gradient of the product, the product that exp keeps, and the weight's gradient to be
-    peak = harness.tensor_peak(lambda: (x @ weight).exp().sum().backward())
-    assert 2 * x.nbytes <= peak <= 3 * x.nbytes + 4096
-
-
-def test_process_peak_is_at_least_what_is_there():
-    block = torch.ones(2**25)
-    assert harness.process_peak() >= block.nbytes
 
 
 def test_a_child_answers_with_its_last_line(tmp_path):
