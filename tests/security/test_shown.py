@@ -52,7 +52,9 @@ def shown(console_class, renderable):
 @pytest.mark.parametrize("console", [Console, PlainConsole])
 @pytest.mark.parametrize("name", MARKUP)
 def test_names_in_tables_are_no_markup(console, name):
-    statistics = RouterStatistics([1.0, 0.0], [1.0, 0.0], [1.0, 0.0], dropped_fraction=0.0, entropy=0.1)
+    statistics = RouterStatistics(
+        share=[1.0, 0.0], entropy=0.1, mean_probability=[1.0, 0.0], gate_mass=[1.0, 0.0], dropped_fraction=0.0
+    )
     count = ParameterCount(**dict.fromkeys(ParameterCount.__dataclass_fields__, 1))
     for table in (
         metrics_table({name: {name: 0.5}}, title=name, rows="split"),

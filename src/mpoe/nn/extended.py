@@ -10,6 +10,8 @@ Shape letters: T tokens, N assignments of tokens to experts, D input width, F ou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -147,8 +149,10 @@ class ExtendedExperts(Float32Module):
     @property
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
-        weight = self.base_weight
-        return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
+        weight: Any = self.base_weight
+        local = weight.to_local() if isinstance(weight, nn.Parameter) and hasattr(weight, "to_local") else weight
+        is_plain = type(local) in (nn.Parameter, Tensor) and local.is_floating_point()  # whole, or one process' shard
+        return weight if is_plain else None
 
     @property
     def selects(self) -> bool:

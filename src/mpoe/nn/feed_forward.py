@@ -125,9 +125,19 @@ class MoEFeedForward(nn.Module):
             return self.usage
         return self.usage.plus(self.taken_usage)
 
+    def watched_parameter(self) -> nn.Parameter | None:
+        """Return the trained tensor by which balancing notices optimizer steps; None is the router's weight."""
+        router = self.router
+        if router is None or router.balancing is None or router.weight.requires_grad:
+            return None
+        needed = router.weight.numel()
+        # V first: every row has all experts, idle ones too, and it has a gradient from the first step on
+        own = [self.up.offsets_V] if isinstance(self.up, ExtendedExperts) else []
+        return next((p for p in (*own, *self.parameters()) if p.requires_grad and p.numel() >= needed), None)
+
     def _route(self, router: TopKRouter, x: Tensor) -> RouterOutput:
         tokens = x.shape[:-1].numel()
-        mask, watched = self._mask(tokens), self._watched(router)
+        mask, watched = self._mask(tokens), self.watched_parameter() if self.training else None
         if self.routing == "token":
             return router(x.reshape(tokens, x.shape[-1]), mask, watched)
         if x.ndim != 3:
@@ -140,15 +150,6 @@ class MoEFeedForward(nn.Module):
         else:
             raise ValueError("routing 'prefix' goes by the first tokens: the model must be called with input_ids")
         return router(decisive, watched=watched).for_tokens(x.shape[1], mask)
-
-    def _watched(self, router: TopKRouter) -> Tensor | None:
-        """A trained tensor by which balancing notices optimizer steps; None is the router's weight."""
-        if router.balancing is None or not self.training or router.weight.requires_grad:
-            return None
-        needed = router.weight.numel()
-        # V first: every row has all experts, idle ones too, and it has a gradient from the first step on
-        own = [self.up.offsets_V] if isinstance(self.up, ExtendedExperts) else []
-        return next((p for p in (*own, *self.parameters()) if p.requires_grad and p.numel() >= needed), None)
 
     def _mask(self, tokens: int) -> Tensor | None:
         if self.token_mask is None:
@@ -176,7 +177,7 @@ class MoEFeedForward(nn.Module):
         if self.has_loss and self.training:
             before = self.router_output
             if before is not None and before.logits.requires_grad and not torch.compiler.is_compiling():
-                _warn_of_unused_loss()
+                warn_of_unused_loss()
             self.router_output = route
         if self.usage is not None:
             if self.usage.tokens.device != route.logits.device:
@@ -184,7 +185,8 @@ class MoEFeedForward(nn.Module):
             self.usage.add(route)
 
 
-def _warn_of_unused_loss() -> None:
+def warn_of_unused_loss() -> None:
+    """Warn that the routers' losses do not reach the optimizer."""
     # the filter "default" shows a message once for each place
     warnings.warn(
         "the load-balancing loss of a training forward was not used: the training loop computes its loss outside of "
