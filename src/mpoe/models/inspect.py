@@ -68,7 +68,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             shared = matrix
             if experts.central is not None:
                 shared = experts.central.numel()
-            elif isinstance(experts, ExtendedExperts) and experts.base_weight is not None:  # a packed weight has fewer numbers
+            elif isinstance(experts, ExtendedExperts) and experts.base_weight is not None:  # packed: fewer numbers
                 total += matrix - experts.base_weight.numel()
             central += shared
             auxiliary += own

@@ -150,7 +150,7 @@ class ExtendedExperts(Float32Module):
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
         weight: Any = self.base_weight
-        local = weight.to_local() if isinstance(weight, nn.Parameter) and hasattr(weight, "to_local") else weight
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
         is_plain = type(local) in (nn.Parameter, Tensor) and local.is_floating_point()  # whole, or one process' shard
         return weight if is_plain else None
 

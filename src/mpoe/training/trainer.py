@@ -179,7 +179,7 @@ class DeadExpertWarning(TrainerCallback):
             total = sum(router.num_experts for router in routers(model).values())
             worst = max(dead, key=lambda name: len(dead[name]))
             config = mpoe_config(model)
-            advice = _ADVICE["none" if config is None else config.balancing]
+            advice = _ADVICE[(config and config.balancing) or "none"]
             warnings.warn(
                 f"{count} of {total} experts got under {DEAD_SHARE:.0%} of their layer's tokens in epoch "
                 f"{state.epoch:.0f}, most in {worst}: {dead[worst]}. {advice}, or experts in other stacks or layers, "
