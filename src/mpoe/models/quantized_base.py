@@ -57,7 +57,7 @@ def refuse_saving_with_lora(model: PreTrainedModel) -> None:
     Args:
         model: Just upcycled; one without an adapter stays as it is.
     """
-    has_lora = any(hasattr(module, "base_layer") for module in model.modules())
+    has_lora = any(name.endswith(".base_layer") for name, _ in model.named_modules())
     if has_lora and not isinstance(getattr(model, "hf_quantizer", None), _SavedAsAdapter):
         model.hf_quantizer = _SavedAsAdapter(  # pyright: ignore[reportArgumentType]
             MPOEConfig(), "a mixture on a base with a LoRA adapter"
