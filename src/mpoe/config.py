@@ -314,8 +314,12 @@ class MPOEConfig:
     @property
     def experts_per_token(self) -> int:
         """K, the number of experts that a token is sent to."""
-        moe_type = self.moe_type or ("moe" if self.is_extended else "switch")
-        return self.top_k or (2 if moe_type == "moe" else 1)
+        return self.top_k or (2 if self.router_type == "moe" else 1)
+
+    @property
+    def router_type(self) -> str:
+        """`moe_type`, or the layout's own if it is None."""
+        return self.moe_type or ("moe" if self.is_extended else "switch")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values, with the `quant_method` that Transformers' loader looks for."""

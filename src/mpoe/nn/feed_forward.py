@@ -125,9 +125,17 @@ class MoEFeedForward(nn.Module):
             return self.usage
         return self.usage.plus(self.taken_usage)
 
+    def watched_parameter(self) -> nn.Parameter | None:
+        """Return the trained tensor by which balancing notices optimizer steps; None is the router's weight."""
+        router = self.router
+        if router is None or router.balancing is None or router.weight.requires_grad:
+            return None
+        needed = router.weight.numel()
+        return next((p for p in self.parameters() if p.requires_grad and p.numel() >= needed), None)
+
     def _route(self, router: TopKRouter, x: Tensor) -> RouterOutput:
         tokens = x.shape[:-1].numel()
-        mask, watched = self._mask(tokens), self._watched(router)
+        mask, watched = self._mask(tokens), self.watched_parameter() if self.training else None
         if self.routing == "token":
             return router(x.reshape(tokens, x.shape[-1]), mask, watched)
         if x.ndim != 3:
@@ -140,13 +148,6 @@ class MoEFeedForward(nn.Module):
         else:
             raise ValueError("routing 'prefix' goes by the first tokens: the model must be called with input_ids")
         return router(decisive, watched=watched).for_tokens(x.shape[1], mask)
-
-    def _watched(self, router: TopKRouter) -> Tensor | None:
-        """A trained tensor by which balancing notices optimizer steps; None is the router's weight."""
-        if router.balancing is None or not self.training or router.weight.requires_grad:
-            return None
-        needed = router.weight.numel()
-        return next((p for p in self.parameters() if p.requires_grad and p.numel() >= needed), None)
 
     def _mask(self, tokens: int) -> Tensor | None:
         if self.token_mask is None:

@@ -7,12 +7,11 @@ from typing import ClassVar, Literal
 
 from transformers import Seq2SeqTrainingArguments
 
-from mpoe.config import COMPONENTS, MPOEConfig
-from mpoe.files import load_json
+from mpoe.config import MPOEConfig
+from mpoe.training import flag_values
 from mpoe.training.argument_checks import check_packages, check_values
+from mpoe.training.flag_values import NO_TRUNCATION
 from mpoe.training.optimizer import Freezing
-
-NO_TRUNCATION = 30000  # the reference's way to say "none"
 
 # Where a text-to-text task's answer is a label, the decoder sees one start token a row, all inputs of its routers are
 # nearly alike, and they send everything to one expert (measured on T5: 99 to 100% of tokens in some layers).
@@ -49,7 +48,7 @@ class ModelArguments:
         Raises:
             ValueError: An unknown component, or one that nothing is loaded from.
         """
-        components = _components("load_layer", self.load_layer, nothing="noload")
+        components = flag_values.components("load_layer", self.load_layer, nothing="noload")
         if self.load_experiment is None:
             if components:
                 raise ValueError(
@@ -248,16 +247,24 @@ class MixtureArguments:
         """
         if self.switch_dropout is not None and not 0 <= self.switch_dropout <= 1:
             raise ValueError(f"switch_dropout must be in [0, 1]; got {self.switch_dropout}")
+        mpo_layers = flag_values.components("mpo_layers", self.mpo_layers, nothing="nompo") or ()
+        for flag in ("linear_trunc", "emb_trunc", "attention_trunc"):
+            bond = flag_values.bond(flag, getattr(self, flag))
+            if bond is not None and self.layout == "extended" and "mlp" in mpo_layers:
+                raise ValueError(
+                    f"{flag} must be {NO_TRUNCATION} with layout extended, which truncates nothing; got {bond}. Leave "
+                    "it out, or add --layout balanced"
+                )
         read = {
             "moe_type": "none" if self.moe_type == "" else self.moe_type,
-            "mpo_layers": _components("mpo_layers", self.mpo_layers, nothing="nompo") or (),
-            "max_bond_dim": _bond("linear_trunc", self.linear_trunc),
-            "word_embed_bond_dim": _bond("emb_trunc", self.emb_trunc),
-            "attention_bond_dim": _bond("attention_trunc", self.attention_trunc),
-            "site_dims": _json_object("site_dims", self.site_dims),
-            "stacks": _names(self.stacks),
-            "layers": _integers("layers", self.layers),
-            "feed_forward": _json_object("feed_forward", self.feed_forward),
+            "mpo_layers": mpo_layers,
+            "max_bond_dim": flag_values.bond("linear_trunc", self.linear_trunc),
+            "word_embed_bond_dim": flag_values.bond("emb_trunc", self.emb_trunc),
+            "attention_bond_dim": flag_values.bond("attention_trunc", self.attention_trunc),
+            "site_dims": flag_values.json_object("site_dims", self.site_dims),
+            "stacks": flag_values.names(self.stacks),
+            "layers": flag_values.integers("layers", self.layers),
+            "feed_forward": flag_values.json_object("feed_forward", self.feed_forward),
             "expert_dropout": self.switch_dropout,
         }
         flags = {flag.name for flag in fields(self)}
@@ -353,8 +360,8 @@ class TrainableArguments:
             self.unfreeze_layer_norms,
             # a central tensor that never moves needs no gradient
             self.tensor_learn or self.gradient_mask_prob == 1,
-            _components("update_mpo_layer", self.update_mpo_layer, nothing="noupdate"),
-            _integers("train_AT_index", self.train_AT_index),
+            flag_values.components("update_mpo_layer", self.update_mpo_layer, nothing="noupdate"),
+            flag_values.integers("train_AT_index", self.train_AT_index),
         )
 
 
@@ -391,44 +398,3 @@ class FinetuneTrainingArguments(Seq2SeqTrainingArguments):
         check_packages(self)
         super().__post_init__()
         check_values(self)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _components(name: str, text: str | None, nothing: str) -> tuple[str, ...] | None:
-    """A comma list of components, () for the word that means none of them, None if the flag was left out."""
-    components = _names(text)
-    if components is None or nothing not in [component.lower() for component in components]:
-        if components is not None and not set(components) <= set(COMPONENTS):
-            raise ValueError(f"{name} must be {nothing} or a comma list of {', '.join(COMPONENTS)}; got {text!r}")
-        return components
-    if len(components) > 1:
-        raise ValueError(f"{name} must be {nothing} alone or a comma list of {', '.join(COMPONENTS)}; got {text!r}")
-    return ()
-
-
-def _bond(name: str, truncation: int) -> int | None:
-    if truncation < 1:
-        raise ValueError(f"{name} must be an integer >= 1, {NO_TRUNCATION} for none; got {truncation}")
-    return None if truncation >= NO_TRUNCATION else truncation
-
-
-def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{name} must be a comma list of integers; got {text!r}") from None
-
-
-def _json_object(name: str, text: str | None) -> dict[str, object] | None:
-    if text is None:
-        return None
-    try:
-        value = load_json(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a JSON object; got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object; got {text!r}")
-    return value

@@ -247,12 +247,16 @@ def finetune(
 def _tell_deepspeed_of_routers(model: PreTrainedModel) -> None:
     """ZeRO-3 gathers a module's weights for its backward when it sees the module's output, which has to be a tensor.
 
-    A router's is not, so that its weights are to be gathered with the layer's.
+    A router's is not, so that its weights are to be gathered with the layer's. So is the weight by which a frozen
+    router's balancing notices optimizer steps, because the layer reads it and not the module that has it.
     """
     import deepspeed  # pyright: ignore[reportMissingImports]  # who passes its config has it
 
     for layer in mixtures(model).values():
-        for parameter in layer.router.parameters() if layer.router is not None else ():
+        if layer.router is None:
+            continue
+        watched = layer.watched_parameter()
+        for parameter in (*layer.router.parameters(), *([] if watched is None else [watched])):
             deepspeed.zero.register_external_parameter(layer, parameter)
 
 

@@ -32,8 +32,9 @@ _OF_THE_CLOCK = ("_runtime", "_per_second")
 class LiveLog(TrainerCallback):
     """Logs what the routers and experts of every layer have done in training since the last logging step.
 
-    Between logging steps nothing is read from the device. What `mpoe.models.router_statistics` counts and
-    `reset_usage` resets is left as it is, and what evaluations route is not logged.
+    Between logging steps nothing is read from the device. Counting begins with training. What
+    `mpoe.models.router_statistics` counts and `reset_usage` resets is left as it is, and what evaluations route is not
+    logged.
 
     Args:
         mask: The gradient mask whose counts are logged; None is none.
@@ -63,6 +64,9 @@ class LiveLog(TrainerCallback):
         """Called by the Trainer; of a resumed run, lines after the checkpoint's step are cut."""
         self._is_training = True
         self._pending.clear()
+        for layer in mixtures(kwargs["model"]).values():
+            if layer.usage is None:
+                layer.reset_usage()
         if state.is_world_process_zero:
             cut_log(Path(args.output_dir), state.global_step)
 
@@ -122,6 +126,7 @@ class LiveLog(TrainerCallback):
                 statistics = usage.statistics()
                 values: dict[str, Any] = {
                     "share": [_short(share) for share in statistics.share],
+                    "gate_mass": [_short(mass) for mass in statistics.gate_mass],
                     "balance_loss": usage.mean_balance_loss(),
                     "entropy": statistics.entropy,
                     "dropped_fraction": statistics.dropped_fraction,
@@ -147,8 +152,8 @@ def flat(entry: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         "router/entropy", "router/balance_loss", "router/dropped_fraction", "experts/divergence",
         "experts/largest_share" and "experts/smallest_share" as means over layers; the same of each layer with
-        "/LAYER" behind it, and "experts/share/LAYER/EXPERT"; "mask/drawn" and "mask/discarded", counts since the
-        beginning.
+        "/LAYER" behind it, "experts/share/LAYER/EXPERT" and "experts/gate_mass/LAYER/EXPERT"; "mask/drawn" and
+        "mask/discarded", counts since the beginning. A balance loss is there only if one is trained with.
     """
     names = {"balance_loss": "router", "entropy": "router", "dropped_fraction": "router", "divergence": "experts"}
     means: dict[str, list[float]] = {}
@@ -161,7 +166,8 @@ def flat(entry: Mapping[str, Any]) -> dict[str, float]:
         for key, value in of_layer.items():
             means.setdefault(key, []).append(value)
             numbers[f"{key}/{shown}"] = value
-        numbers |= {f"experts/share/{shown}/{e}": value for e, value in enumerate(share)}
+        for key in ("share", "gate_mass"):
+            numbers |= {f"experts/{key}/{shown}/{e}": value for e, value in enumerate(values.get(key, []))}
     numbers = {key: math.fsum(values) / len(values) for key, values in means.items()} | numbers
     return numbers | {f"mask/{key}": value for key, value in entry.get("mask", {}).items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +32,12 @@ from mpoe.models import (
 )
 from mpoe.training.arguments import ModelArguments, TrainableArguments
 
-# Of a mixture's config, what its weights mean. A type says no more than its top_k, and sites are seen in the weights.
-_FUNCTION = ("num_experts", "top_k", "layout", "gauge", "is_scale_prob", "expert_bias", "router_input_norm", "routing")
+# Of a mixture's config, what its weights mean. A type says no more than its top_k; sites and ranks are seen in the
+# weights, and so is the scale of the experts.
+_FUNCTION = (
+    "num_experts", "top_k", "layout", "gauge", "is_scale_prob", "expert_bias", "expert_activation", "router_input_norm",
+    "routing", "balancing", "balancing_step",
+)  # fmt: skip
 # The families' names for dropout within the model. A head's own and whole layers' are other things.
 _DROPOUTS = (
     "dropout_rate", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "mlp_dropout",
@@ -153,9 +157,12 @@ def mixture_changes(there: MPOEConfig, now: MPOEConfig, names: Iterable[str]) ->
     Args:
         there: The saved mixture's.
         now: What is asked for.
-        names: The fields of `MPOEConfig` that count; a `top_k` is the number that it comes to, given or the type's own.
+        names: The fields of `MPOEConfig` that count; a `top_k` or `moe_type` that is None is the number or type that it
+            comes to.
     """
-    saved, asked = (dataclasses.replace(config, top_k=config.experts_per_token) for config in (there, now))
+    saved, asked = copy.copy(there), copy.copy(now)  # unlike `dataclasses.replace`, which would check and warn again
+    for config in (saved, asked):
+        config.top_k, config.moe_type = config.experts_per_token, config.router_type
     return saved.changes_to(asked, names)
 
 

@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from mpoe.models import expert_shares, reset_usage, routers, sum_usage, take_router_loss
+from mpoe.models import expert_shares, mpoe_config, reset_usage, routers, sum_usage, take_router_loss
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.objective import TrainerParts
 
 IGNORED = -100  # label of what is no target, as everywhere in Transformers
 DEAD_SHARE = 0.01
+_ADVICE = {  # by balancing
+    "bias": "A larger balancing_step",
+    "loss": "A higher load_balancing_coef",
+    "none": "balancing 'bias'",
+}
 
 
 def step_loss(
@@ -173,10 +178,12 @@ class DeadExpertWarning(TrainerCallback):
         if count and state.is_world_process_zero:
             total = sum(router.num_experts for router in routers(model).values())
             worst = max(dead, key=lambda name: len(dead[name]))
+            config = mpoe_config(model)
+            advice = _ADVICE["none" if config is None else config.balancing]
             warnings.warn(
                 f"{count} of {total} experts got under {DEAD_SHARE:.0%} of their layer's tokens in epoch "
-                f"{state.epoch:.0f}, most in {worst}: {dead[worst]}. A higher load_balancing_coef, or experts in other "
-                "stacks or layers, would use them",
+                f"{state.epoch:.0f}, most in {worst}: {dead[worst]}. {advice}, or experts in other stacks or layers, "
+                "would use them",
                 stacklevel=2,
             )
         reset_usage(model)
