@@ -119,7 +119,7 @@ def test_at_0_nothing_is_changed(make_model, level):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_elements_move_or_stay_with_their_moments(make_model, name):
     """Against the written-out update of one element at a time: a masked element skips the step altogether."""
-    model = make_model()
+    model = make_model().double()  # in float32 a small step may round to nothing
     mask = GradientMask(model, prob=0.4, level="element", seed=1)
     seen = []
     before = copies(centrals(model))

@@ -49,7 +49,7 @@ def train(folder, callbacks=(), balancing="bias", **options):
     trainer = build_trainer(model, tokenizer, args, parts, callbacks)
     LiveLog().attach(trainer)
     counted = defaultdict(lambda: torch.zeros(4, dtype=torch.long))
-    weighed = defaultdict(list)
+    weighed, losses = defaultdict(list), defaultdict(list)
     decided = []
 
     def count(name):
@@ -57,8 +57,10 @@ def train(folder, callbacks=(), balancing="bias", **options):
             if router.training:
                 real = route.expert_index if route.mask is None else route.expert_index[route.mask]
                 counted[name] += torch.bincount(real.flatten(), minlength=4)
-                of_tokens = route.probabilities.masked_fill(~torch.eye(4, dtype=bool)[route.expert_index].any(1), 0)
-                weighed[name].append(of_tokens if route.mask is None else of_tokens[route.mask])
+                probabilities = route.probabilities if route.mask is None else route.probabilities[route.mask]
+                weighed[name].append(probabilities * torch.eye(4)[real].sum(1))
+                first = torch.bincount(real[:, 0], minlength=4) / len(real)
+                losses[name].append(4 * first @ probabilities.mean(0))
 
         return hook
 
@@ -66,10 +68,13 @@ def train(folder, callbacks=(), balancing="bias", **options):
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:
                 decided.append(
-                    {name: (counts.clone(), torch.cat(weighed[name]).mean(0)) for name, counts in counted.items()}
+                    {
+                        name: (counts.clone(), torch.cat(weighed[name]).mean(0), torch.stack(losses[name]).mean())
+                        for name, counts in counted.items()
+                    }
                 )
-                counted.clear()
-                weighed.clear()
+                for kept in (counted, weighed, losses):
+                    kept.clear()
 
     for name, router in routers(model).items():
         router.register_forward_hook(count(name))
@@ -88,11 +93,11 @@ def test_shares_are_those_of_training_alone(tmp_path, balancing):
     for line, counts in zip([line for line in lines if "loss" in line], decided, strict=True):
         assert line["layers"].keys() == counts.keys() == routers(model).keys()
         for name, values in line["layers"].items():
-            of_layer, mass = counts[name]
+            of_layer, mass, loss = counts[name]
             assert values["share"] == pytest.approx((of_layer / of_layer.sum()).tolist(), rel=1e-5)
             assert values["gate_mass"] == pytest.approx(mass.tolist(), rel=1e-5)
             if balancing == "loss":
-                assert 0.9 <= values["balance_loss"] <= 4
+                assert values["balance_loss"] == pytest.approx(loss.item(), rel=1e-5)
             else:
                 assert "balance_loss" not in values
             assert 0 < values["entropy"] <= torch.tensor(4).log() + 1e-6

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import mpoe
-from mpoe.nn import MPOExperts
+from mpoe.models import sharing_experts
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.optimizer import Freezing, optimizer_for_mpos, trained_parts
 from mpoe.training.text_to_text import trainer_parts
@@ -20,6 +20,8 @@ from mpoe.training.trainer import build_trainer
 from tiny import V1_0, tiny_t5, tiny_tokenizer
 
 MLP = ".DenseReluDense."
+LAYOUTS = ("extended", "balanced")
+CENTRAL = (".central", ".base.weight")
 
 
 def make_model(version=V1_0, **options):
@@ -42,24 +44,40 @@ def trained(freezing, model=None):
         (Freezing(freeze_model_but_lm_head=True), lambda name: name == "shared.weight"),  # tied in T5 v1.0
         (
             Freezing(freeze_model=True, unfreeze_layer_norms=True, tensor_learn=True),
-            lambda name: (MLP in name and not name.endswith("central")) or "layer_norm" in name,
+            lambda name: (MLP in name and not name.endswith(CENTRAL)) or "layer_norm" in name,
         ),
         (Freezing(freeze_encoder=True, unfreeze_lm_head=True), lambda name: not name.startswith("encoder")),
-        (Freezing(tensor_learn=True), lambda name: not name.endswith("central")),
+        (Freezing(tensor_learn=True), lambda name: not name.endswith(CENTRAL)),
         (Freezing(update_mpo_layer=()), lambda name: MLP not in name),
         (Freezing(update_mpo_layer=("mlp",)), lambda name: True),
-        (Freezing(train_AT_index=(2,)), lambda name: not name.endswith("offsets.0")),
     ],
     ids=str,
 )
-def test_freezing(freezing, trains):
-    found, names = trained(freezing)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_freezing(freezing, trains, layout):
+    found, names = trained(freezing, make_model(layout=layout))
+    assert any(name.endswith(CENTRAL) for name in names)
     assert found == {name for name in names if trains(name)}
     assert found
 
 
+@pytest.mark.parametrize(
+    ("layout", "sites", "frozen"),
+    [
+        ("extended", (2,), "offsets_V"),
+        ("extended", (0,), "offsets_U"),
+        ("balanced", (0, 1, 4), "offsets.2"),
+        ("balanced", (3,), ("offsets.0", "offsets.1", "offsets.3")),
+    ],
+)
+def test_sites_are_chosen(layout, sites, frozen):
+    found, names = trained(Freezing(train_AT_index=sites), make_model(layout=layout))
+    assert found == {name for name in names if not name.endswith(frozen)}
+    assert found < names
+
+
 def test_components_are_told_apart():
-    model = make_model(mpo_layers=("word_embed", "mlp", "attention"))
+    model = make_model(layout="balanced", mpo_layers=("word_embed", "mlp", "attention"))
     found, names = trained(Freezing(update_mpo_layer=("attention",)), model)
     frozen = names - found
     assert all("shared" in name or MLP in name for name in frozen)
@@ -69,15 +87,16 @@ def test_components_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("freezing", "message"),
+    ("freezing", "layout", "message"),
     [
-        (Freezing(train_AT_index=(1,)), r"must name auxiliary sites, \[0, 2\] of 3; got \[1\]. Site 1 is the central"),
-        (Freezing(freeze_model=True, update_mpo_layer=()), "something must be left to train"),
+        (Freezing(train_AT_index=(1,)), "extended", r"must name auxiliary sites, of \[0, 2\]; got \[1\]"),
+        (Freezing(train_AT_index=(2,)), "balanced", r"must name auxiliary sites, of \[0, 1, 3, 4\]; got \[2\]"),
+        (Freezing(freeze_model=True, update_mpo_layer=()), "extended", "something must be left to train"),
     ],
 )
-def test_what_makes_no_sense_is_said(freezing, message):
+def test_what_makes_no_sense_is_said(freezing, layout, message):
     with pytest.raises(ValueError, match=message):
-        freezing.apply(make_model())
+        freezing.apply(make_model(layout=layout))
 
 
 def test_flags_about_mpos_need_mpos():
@@ -86,45 +105,62 @@ def test_flags_about_mpos_need_mpos():
             Freezing(**{flag: value}).apply(tiny_t5())
 
 
-def test_the_table_counts_every_parameter_once():
-    model = make_model(mpo_layers=("mlp", "attention"))
+@pytest.mark.parametrize(
+    ("layout", "mpo_layers", "in_router"), [("extended", ("mlp",), 32), ("balanced", ("mlp", "attention"), 33)]
+)
+def test_the_table_counts_every_parameter_once(layout, mpo_layers, in_router):
+    model = make_model(layout=layout, mpo_layers=mpo_layers)
     Freezing(tensor_learn=True, freeze_embeds=True).apply(model)
     parts = {part.name: part for part in trained_parts(model, 1e-3, 1e-4)}
     assert sum(part.total for part in parts.values()) == sum(p.numel() for p in model.parameters())
     assert sum(part.trained for part in parts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    experts = [module for module in model.modules() if isinstance(module, MPOExperts)]
+    experts = sharing_experts(model).values()
     assert parts["central tensors"].trained == 0
     assert parts["central tensors"].total == sum(e.central.numel() for e in experts)
-    assert parts["auxiliary tensors"].trained == sum(o.numel() for e in experts for o in e.offsets)
+    assert parts["auxiliary tensors"].trained == sum(o.numel() for e in experts for o in e.auxiliary.values())
     assert parts["auxiliary tensors"].learning_rate == 1e-4
     assert parts["routers"].learning_rate == 1e-3
-    assert parts["routers"].total == 4 * 3 * 33
+    assert parts["routers"].total == 4 * 3 * in_router
 
 
-def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path):
-    model = make_model()
+def test_the_rate_of_the_experts_is_not_that_of_the_bases_matrices():
+    parts = {part.name: part.learning_rate for part in trained_parts(make_model(), 1e-3, 1e-4)}
+    assert (parts["auxiliary tensors"], parts["central tensors"]) == (1e-4, 1e-3)
+    parts = {part.name: part.learning_rate for part in trained_parts(make_model(layout="balanced"), 1e-3, 1e-4)}
+    assert (parts["auxiliary tensors"], parts["central tensors"]) == (1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mpos_have_a_rate_of_their_own_in_the_trainers_optimizer(tmp_path, layout):
+    model = make_model(layout=layout)
     args = FinetuneTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3, weight_decay=0.1, eval_strategy="no"
     )
     parts = trainer_parts(model, tiny_tokenizer(), args, None, [])
     plain = build_trainer(model, tiny_tokenizer(), args, parts).create_optimizer()
-    options = optimizer_for_mpos(model, args, 1e-5, None)
+    ratio = 4.0 if layout == "extended" else 1.0
+    options = optimizer_for_mpos(model, args, 1e-5, None, ratio)
     optimizer = build_trainer(model, tiny_tokenizer(), args, parts, optimizer=options).create_optimizer()
     assert type(optimizer) is type(plain)
-    mpo = {
-        id(p) for module in model.modules() if isinstance(module, MPOExperts) for p in (module.central, *module.offsets)
-    }
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {"offsets_U": 1e-5, "offsets_V": 4e-5, "central": 1e-5, **{str(n): 1e-5 for n in range(4)}}  # offsets.0
     expected = {id(p): group["weight_decay"] for group in plain.param_groups for p in group["params"]}
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    assert found == {key: (1e-5 if key in mpo else 1e-3, decay) for key, decay in expected.items()}
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert found == {
+        names[key]: (rates.get(names[key].split(".")[-1], 1e-3), 0.0 if "offsets_" in names[key] else decay)
+        for key, decay in expected.items()
+    }
     assert set(expected.values()) == {0.0, 0.1}
     assert {k: v for k, v in optimizer.defaults.items() if k != "lr"} == {
         k: v for k, v in plain.defaults.items() if k != "lr"
     }
 
 
-def test_auxiliary_tensors_have_a_decay_of_their_own(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_auxiliary_tensors_have_a_decay_of_their_own(tmp_path, layout):
+    model = make_model(layout=layout)
     args = FinetuneTrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -136,7 +172,10 @@ def test_auxiliary_tensors_have_a_decay_of_their_own(tmp_path):
     parts = trainer_parts(model, tiny_tokenizer(), args, None, [])
     options = optimizer_for_mpos(model, args, None, 0.1)
     optimizer = build_trainer(model, tiny_tokenizer(), args, parts, optimizer=options).create_optimizer()
-    torch.nn.init.ones_(next(m for m in model.modules() if isinstance(m, MPOExperts)).offsets[0])
+    for experts in sharing_experts(model).values():
+        for tensor in experts.auxiliary.values():
+            torch.nn.init.zeros_(tensor)
+    torch.nn.init.ones_(next(iter(experts.auxiliary.values())))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -155,6 +194,10 @@ def test_a_wrong_rate_is_said(tmp_path):
         optimizer_for_mpos(tiny_t5(), args, 1e-3, None)
     with pytest.raises(ValueError, match="auxiliary_weight_decay must be >= 0; got -1"):
         optimizer_for_mpos(make_model(), args, None, -1.0)
+    with pytest.raises(ValueError, match="output_lr_ratio must be > 0; got 0"):
+        optimizer_for_mpos(make_model(), args, None, None, 0.0)
+    with pytest.raises(ValueError, match="output_lr_ratio is for layout 'extended'; the model has another"):
+        optimizer_for_mpos(make_model(layout="balanced"), args, None, None, 2.0)
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
