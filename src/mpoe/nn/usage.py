@@ -57,9 +57,10 @@ class RouterUsage:
                 losses=torch.zeros((), dtype=torch.long, device=device),
             )
 
+    @torch.no_grad()  # gradient checkpointing counts what a forward keeps for its backward
     def add(self, route: RouterOutput) -> None:
         """Add one forward."""
-        probabilities, gates = route.probabilities.detach(), route.gates.detach()
+        probabilities, gates = route.probabilities, route.gates
         if route.mask is None:
             self.tokens.add_(len(probabilities))
         else:
