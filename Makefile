@@ -1,5 +1,6 @@
-# make setup | demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | soak | bench | clean | help. The first of them to run
-# makes .venv; after that none needs the network, but for what `mpoe demo` itself downloads once, and `make oldest`.
+# make setup | demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | balancing | soak | bench |
+# clean | help. The first of them to run makes .venv; after that none needs the network, but for what `mpoe demo` itself
+# downloads once, and `make oldest`.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check docs docs-test oldest chaos fuzz distributed soak bench clean
+.PHONY: help setup demo test check docs docs-test oldest chaos fuzz distributed balancing soak bench clean
 
 help:
 	@echo "make setup   make .venv, with mpoe and all that it is developed with"
@@ -34,6 +35,7 @@ help:
 	@echo "make chaos   kill training at random moments, fill disks           (ARGS='--kills 20 --seed 1')"
 	@echo "make fuzz    random shapes, configs and damaged files              (ARGS='--minutes 10 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
+	@echo "make balancing     the loads of the experts in four training loops"
 	@echo "make soak    train and answer for an hour: does anything grow?    (ARGS='--minutes 10')"
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
@@ -90,6 +92,10 @@ fuzz: $(READY)
 distributed: $(READY)
 	@echo "distributed: two processes beside one (tests/long/distributed.py)"
 	@$(BIN)/python tests/long/distributed.py
+
+balancing: $(READY)
+	@echo "balancing: four training loops (tests/long/balancing.py); some minutes"
+	@$(BIN)/python tests/long/balancing.py
 
 soak: $(READY)
 	@echo "soak: looking for growth (tests/long/soak.py $(ARGS))"

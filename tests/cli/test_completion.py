@@ -47,7 +47,7 @@ def test_flags_choices_and_files(ask, cache, tmp_path):
     assert ask("mpoe finetune --num_e", torch=True) == ["--num_experts"]
     written = (cache / FILE).read_bytes()
     # from here on by the cache's file, without torch
-    assert ask("mpoe finetune --layout ") == ["separable", "balanced"]
+    assert ask("mpoe finetune --layout ") == ["extended", "balanced"]
     assert ask("mpoe finetune --tasks col") == ["cola"]
     assert ask("mpoe finetune run.yaml --dataloader_pin") == ["--dataloader_pin_memory"]
     assert ask("mpoe finetune --freeze_model ") == ["true", "false"]

@@ -33,7 +33,10 @@ def test_pipeline_generates_with_a_saved_mixture(tmp_path, name, feed_forward):
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     model = tiny_model(name)
-    mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=4, expert_noise=1.0))
+    mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=4))
+    with torch.no_grad():
+        for experts in mpoe.models.sharing_experts(model).values():
+            experts.offsets_V.normal_()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     expected = greedy(model, tokenizer(PROMPT, return_tensors="pt").input_ids, 8)

@@ -70,7 +70,7 @@ FLAGS = (
     "--per_device_train_batch_size 4 --logging_steps 2 --dropout 0.1 --use_cpu --disable_tqdm True"
 ).split()
 VARIANTS = {
-    "separable, gradient mask": ["--gradient_mask_prob", "0.5"],
+    "extended, gradient mask": ["--gradient_mask_prob", "0.5"],
     "balanced, two micro-batches": ["--layout", "balanced", "--gradient_accumulation_steps", "2"],
 }
 _OF_THE_CLOCK = ("seconds_per_step", "tokens_per_second", "peak_memory")

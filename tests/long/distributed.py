@@ -3,7 +3,8 @@
     make distributed
 
 Every case trains 50 steps and compares the weights with those of one process that takes the same rows a step in two
-micro-batches. Sharded training (FSDP2) is Accelerate's own, which it keeps from CPUs: here it is told that these are
+micro-batches. Balancing's counts are whole numbers of all processes: in every case they are equal, and in
+`balancing_ranks.py` they are on every process, after other rows on each. Sharded training (FSDP2) is Accelerate's own, which it keeps from CPUs: here it is told that these are
 GPUs. DeepSpeed's ZeRO-3 runs where the package `deepspeed` is installed.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,7 +35,7 @@ FLAGS = (
     "--model_name_or_path model --data_dir data --num_experts 4 --max_steps 50 --save_steps 15 --use_cpu "
     "--per_device_train_batch_size 4 --gradient_mask_prob 0.5 --disable_tqdm True"
 ).split()
-LAYOUTS = {"separable": [], "balanced": ["--layout", "balanced"]}
+LAYOUTS = {"extended": [], "balanced": ["--layout", "balanced"]}
 SHARDED = ["--fsdp", "--fsdp_config", json.dumps({"transformer_layer_cls_to_wrap": ["T5Block"]})]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # "multi_gpu" is Accelerate's word for processes on one machine; --use_cpu puts them on the CPU.
@@ -106,17 +108,23 @@ def _cases(console: Console) -> Iterator[tuple[str, float, str]]:
     tasks = ["--tasks", "cola", "sentiment"]
     one, two = _one("one-tasks", tasks), _two("two-tasks", tasks)
     yield "two tasks by temperature, DDP", _difference(one, two), _same_results(one, two)
-    one = Path("one-separable")
+    one = Path("one-extended")
     launched = _two("launched", ["--tasks", "cola"], launcher=ACCELERATE)
     yield "accelerate launch, DDP", _difference(one, launched), _same_results(one, launched)
     yield "SIGTERM to both, then again", _difference(one, _stopped("stopped", ["--tasks", "cola"])), "saved at one step"
     for layout in LAYOUTS:
-        done = subprocess.run(
-            [*TORCHRUN, str(Path(__file__).with_name("idle_expert.py")), layout],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        _check(done)
-        yield f"{layout}, DDP, an expert without tokens on one process", float(done.stdout.split()[-1]), "gradients"
+        idle = _script("idle_expert.py", layout)
+        yield f"{layout}, DDP, an expert without tokens on one process", idle, "gradients"
+        ranks = _script("balancing_ranks.py", layout)
+        yield f"{layout}, DDP, balancing's counts on both processes", ranks, "beside one process with all rows"
+
+
+def _script(name: str, layout: str) -> float:
+    """What a script beside this one prints last, run by two processes."""
+    command = [*TORCHRUN, str(Path(__file__).with_name(name)), layout]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    _check(done)
+    return float(done.stdout.split()[-1])
 
 
 def _one(out: str, flags: list[str], killed_after: int = 0) -> Path:
@@ -158,7 +166,13 @@ def _check(done: subprocess.CompletedProcess[str], killed: bool = False) -> None
 
 
 def _difference(one: Path, other: Path) -> float:
+    """The largest of a weight; infinite if a count of balancing differs."""
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    counts = [name for name in first if name.endswith((".balancing.steps", ".balancing.pending"))]
+    if not counts:
+        raise RuntimeError(f"{one} has no counts of balancing")
+    if not all(torch.equal(first[name], second[name]) for name in counts):
+        return math.inf
     # sharding gathers a tied weight under each of its names
     return max((second[name] - tensor).abs().max().item() for name, tensor in first.items())
 

@@ -17,9 +17,14 @@ def main(layout: str) -> None:
     """Gradients of DDP beside the mean of the gradients of both batches, computed here."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    config = mpoe.MPOEConfig(num_experts=4, layout=layout, expert_noise=0.1, load_balancing_coef=0.1)
+    config = mpoe.MPOEConfig(num_experts=8, layout=layout, load_balancing_coef=0.1)
     model = mpoe.upcycle(tiny_t5(), config).train()
-    batches = [torch.full((2, 5), 7), torch.randint(2, 64, (6, 30))]  # five equal tokens have one expert in a layer
+    with torch.no_grad():
+        for experts in mpoe.models.sharing_experts(model).values():
+            for tensor in experts.auxiliary.values():
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    batches = [torch.full((2, 5), 7), torch.randint(2, 64, (6, 30))]  # equal tokens have the same experts in a layer
+    mpoe.models.reset_usage(model)
     wrapped = DistributedDataParallel(model)
     wrapped(
         input_ids=batches[dist.get_rank()], labels=torch.ones(len(batches[dist.get_rank()]), 2).long()

@@ -183,7 +183,7 @@ def test_step_timer():
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"balancing": "bias", "load_balancing_coef": 0.01}, "A larger balancing_step, or"),
+        ({"balancing": "bias", "load_balancing_coef": None}, "A larger balancing_step, or"),
         ({"layout": "balanced"}, "A higher load_balancing_coef, or"),
     ],
 )
