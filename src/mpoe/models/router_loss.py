@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from mpoe.config import MPOEConfig
 from mpoe.nn import MoEFeedForward, TopKRouter
 from mpoe.nn.balancing import is_recomputed
+from mpoe.nn.feed_forward import warn_of_unused_loss
 
 IGNORED = -100  # label of what is no target, as everywhere in Transformers
 
@@ -92,14 +93,36 @@ def _add_router_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outpu
         loss = getattr(output, "loss", None)
     if not module.training or loss is None or is_recomputed():
         return None
+    routed = [layer.router_output for layer in mixtures(module).values() if layer.router_output is not None]
     router_loss = take_router_loss(module)
     if router_loss is None:
         return None
+    if router_loss.requires_grad and not torch.compiler.is_compiling():
+        _watch_use(router_loss, routed[-1].logits)
     loss = loss + (router_loss * _share_of_step(module, kwargs)).to(loss.device, loss.dtype)
     if isinstance(output, tuple):
         return (loss, *output[1:])
     output.loss = loss
     return None
+
+
+def _watch_use(router_loss: Tensor, logits: Tensor) -> None:
+    """Warn if a backward pass reaches a router and not its loss: a loop with a loss of its own, as TRL's trainers have.
+
+    The gradient of the logits is complete only after the pass has been through all that they are used for.
+    """
+    used = False
+
+    def note(_: Tensor) -> None:
+        nonlocal used
+        used = True
+
+    def check(_: Tensor) -> None:
+        if not used:
+            warn_of_unused_loss()
+
+    router_loss.register_hook(note)
+    logits.register_hook(check)
 
 
 def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:

@@ -175,7 +175,7 @@ class MoEFeedForward(nn.Module):
         if self.has_loss and self.training:
             before = self.router_output
             if before is not None and before.logits.requires_grad and not torch.compiler.is_compiling():
-                _warn_of_unused_loss()
+                warn_of_unused_loss()
             self.router_output = route
         if self.usage is not None:
             if self.usage.tokens.device != route.logits.device:
@@ -183,7 +183,8 @@ class MoEFeedForward(nn.Module):
             self.usage.add(route)
 
 
-def _warn_of_unused_loss() -> None:
+def warn_of_unused_loss() -> None:
+    """Warn that the routers' losses do not reach the optimizer."""
     # the filter "default" shows a message once for each place
     warnings.warn(
         "the load-balancing loss of a training forward was not used: the training loop computes its loss outside of "
