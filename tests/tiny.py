@@ -76,7 +76,7 @@ def save_tiny_adapter(strength):
     tiny_tokenizer().save_pretrained("base")
     model = mpoe.upcycle(T5ForConditionalGeneration.from_pretrained("base"), mpoe.MPOEConfig(num_experts=2))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("central"))
+        parameter.requires_grad_(not name.endswith(("central", "base.weight")))
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter) * strength * parameter.requires_grad)
     mpoe.save_adapter(model, "adapter")
