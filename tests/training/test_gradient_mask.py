@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mpoe
 from mpoe.models import sharing_experts
@@ -182,6 +185,23 @@ def test_counts_survive_a_checkpoint(make_model):
     fresh = GradientMaskCallback(GradientMask(make_model(), 0.5))
     fresh.on_train_begin(None, state, None)
     assert (fresh.mask.drawn, fresh.mask.discarded) == (40, 17)
+
+
+def test_a_sharded_model_is_masked_too(make_model, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make_model()
+        mask = GradientMask(model, prob=1.0)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        before = [central.full_tensor().clone() for central in centrals(model)]
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        model(**tiny_batch()).loss.backward()
+        mask.before_step(0, optimizer)
+        optimizer.step()
+        assert mask.discarded == mask.drawn == len(before) == 6
+        assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, centrals(model), strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_cannot_be_masked_is_said(make_model):

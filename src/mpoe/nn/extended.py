@@ -149,7 +149,9 @@ class ExtendedExperts(Float32Module):
     def central(self) -> nn.Parameter | None:
         """W, or None where no floating-point tensor holds it (a quantised layer)."""
         weight = getattr(self.base_layer, "weight", None)
-        return weight if type(weight) is nn.Parameter and weight.is_floating_point() else None
+        local = weight.to_local() if isinstance(weight, nn.Parameter) and hasattr(weight, "to_local") else weight
+        is_plain = type(local) in (nn.Parameter, Tensor) and local.is_floating_point()  # whole, or one process' shard
+        return weight if is_plain else None
 
     @property
     def selects(self) -> bool:
