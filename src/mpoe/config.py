@@ -23,6 +23,7 @@ ROUTING = ("token", "sequence", "prefix")
 COMPUTE = ("auto", "apply", "rebuild", "cached")
 ROUTER_GRADIENTS = ("router", "all", "none")
 MAX_EXPERTS = 2**20  # a router scores all of them for every token
+MAX_EXPERT_RANK = 2**20  # larger than any matrix
 
 
 @dataclass
@@ -200,6 +201,7 @@ class MPOEConfig:
         _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
         _require(self.num_experts <= MAX_EXPERTS, "num_experts", f"at most {MAX_EXPERTS:,}", self.num_experts)
         _require(_is_count(self.expert_rank), "expert_rank", "an integer >= 1", self.expert_rank)
+        _require(self.expert_rank <= MAX_EXPERT_RANK, "expert_rank", f"at most {MAX_EXPERT_RANK:,}", self.expert_rank)
         for name in (
             "top_k", "num_sites", "max_auxiliary_bond", "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim",
         ):  # fmt: skip

@@ -251,6 +251,7 @@ def test_weights_come_from_another_experiment(ground):
         (["--capacity_factor", "1.25"], "capacity_factor must be left out with layout 'extended', got 1.25"),
         (["--balancing", "auction"], "argument --balancing: invalid choice: 'auction'"),
         (["--balancing_step", "0"], "balancing_step must be > 0; got 0"),
+        (["--expert_rank", "1000000000000"], "expert_rank must be at most 1,048,576; got 1000000000000"),
         (["--expert_rank", "0"], "expert_rank must be an integer >= 1; got 0"),
         (["--expert_activation", "tanh"], "argument --expert_activation: invalid choice: 'tanh'"),
         (["--output_lr_ratio", "0"], "output_lr_ratio must be > 0; got 0"),
@@ -341,8 +342,8 @@ def test_flags_against_what_a_mixture_is_are_refused(ground, capsys):
 
 def test_flags_that_say_a_default_are_refused_where_the_mixture_is_another(ground, capsys):
     saved = mpoe.MPOEConfig(
-        num_experts=4, moe_type="moe", layout="balanced", max_bond_dim=9, word_embed_bond_dim=9, attention_bond_dim=9, stacks=("decoder",),
-        offset_scale=0.5, expert_dropout=0.1, second_policy_eval="none", seed=3,
+        num_experts=4, moe_type="moe", layout="balanced", max_bond_dim=9, word_embed_bond_dim=9, attention_bond_dim=9,
+        stacks=("decoder",), offset_scale=0.5, expert_dropout=0.1, second_policy_eval="none", seed=3,
     )  # fmt: skip
     mpoe.upcycle(tiny_t5(), saved).save_pretrained("first")
     tiny_tokenizer().save_pretrained("first")

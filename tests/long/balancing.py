@@ -20,9 +20,10 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from balancing import LOOPS, skewed_llama, spread
 from rich.console import Console
 from rich.table import Table
+
+from balancing import LOOPS, skewed_llama, spread
 
 STEPS = 300
 HIGHEST = 0.2

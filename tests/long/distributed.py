@@ -3,8 +3,8 @@
     make distributed
 
 Every case trains 50 steps and compares the weights with those of one process that takes the same rows a step in two
-micro-batches. Balancing's counts are whole numbers of all processes: in every case they are equal, and in
-`balancing_ranks.py` they are on every process, after other rows on each. Sharded training (FSDP2) is Accelerate's own, which it keeps from CPUs: here it is told that these are
+micro-batches. The counts of balancing are whole numbers, and have to be equal; `balancing_ranks.py` looks at them on
+both processes. Sharded training (FSDP2) is Accelerate's own, which it keeps from CPUs: here it is told that these are
 GPUs. DeepSpeed's ZeRO-3 runs where the package `deepspeed` is installed.
 """
 

@@ -74,7 +74,7 @@ def _check_same(model: PreTrainedModel, expected: dict[str, torch.Tensor], raw: 
 def _mixture() -> PreTrainedModel:
     torch.manual_seed(0)
     model = tiny_t5(num_layers=1, d_model=8, d_ff=16, d_kv=2, num_heads=2)
-    return mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=2, expert_noise=0.1))
+    return mpoe.upcycle(model, mpoe.MPOEConfig(num_experts=2))
 
 
 def _classifier(folder: Path) -> PreTrainedModel:

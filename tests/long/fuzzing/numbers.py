@@ -17,16 +17,19 @@ from mpoe import config as choices
 from mpoe.config import MPOEConfig
 from mpoe.models import upcycle
 from mpoe.mpo import MPO, SiteDims, decompose, site_dims, truncation_bound, truncation_error
-from mpoe.nn import DenseExperts, MoEFeedForward, MPOExperts, TopKRouter
+from mpoe.nn import BiasBalancing, DenseExperts, ExtendedExperts, MoEFeedForward, MPOExperts, TopKRouter
+from mpoe.nn.extended import ACTIVATIONS
 from tiny import tiny_t5
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PRIMES = (2, 3, 5, 7, 11, 13, 97, 101, 127, 251, 257, 1009, 7919, 104_729, 1_299_709, 15_485_863, 2_147_483_647)
 VALID: dict[str, tuple[Any, ...]] = {
-    "num_experts": (1, 2, 3, 8), "moe_type": choices.MOE_TYPES, "top_k": (None, 1, 2, 3), "layout": choices.LAYOUTS,
+    "num_experts": (1, 2, 3, 8), "moe_type": (None, *choices.MOE_TYPES), "top_k": (None, 1, 2, 3),
+    "layout": choices.LAYOUTS,
     "mpo_layers": (("mlp",), ["mlp"], (), ("word_embed", "mlp"), ("attention",), choices.COMPONENTS),
     "num_sites": (None, 3, 5, 1, 7, 2, 4), "max_auxiliary_bond": (None, 1, 4, 100),
-    "auxiliary_sides": choices.AUXILIARY_SIDES,
+    "expert_rank": (1, 2, 8), "expert_scale": (1.0, 0.5), "expert_activation": (None, *choices.ACTIVATIONS),
+    "frozen_router": (False, True), "balancing": (None, *choices.BALANCING), "balancing_step": (0.01, 1),
     "max_bond_dim": (None, 1, 3, 1000), "word_embed_bond_dim": (None, 2, 50),
     "attention_bond_dim": (None, 2, 50), "gauge": choices.GAUGES, "share_central": (True, False),
     "auxiliary_start": (True, False),
@@ -51,7 +54,7 @@ VALID: dict[str, tuple[Any, ...]] = {
     "routing": choices.ROUTING, "capacity_factor": (None, 1.0, 0.1), "eval_capacity_factor": (None, 2.0),
     "second_policy_train": choices.SECOND_POLICIES, "second_policy_eval": choices.SECOND_POLICIES,
     "second_threshold": (0.2, 1.0), "router_jitter": (0.0, 0.1), "router_input_norm": (True, False),
-    "load_balancing_coef": (0.0, 0.01), "router_z_loss_coef": (0.0, 1e-3), "tied_head": (None, True, False),
+    "load_balancing_coef": (None, 0.0, 0.01), "router_z_loss_coef": (0.0, 1e-3), "tied_head": (None, True, False),
     "compute": choices.COMPUTE, "matrix_cache_gib": (2.0, 0), "matrix_save_gib": (0.0, 0.1), "seed": (0, 1, 2**31),
 }  # fmt: skip
 
@@ -69,13 +72,12 @@ def _site_dims(folder: Path) -> Any:
         draw = case.random
         sizes = _size(case), _size(case)
         rest = {
-            "num_sites": draw.choice((None, 1, 2, 3, 5, 7, 9, 21, 0, -1)), "layout": draw.choice(choices.LAYOUTS),
+            "num_sites": draw.choice((None, 1, 2, 3, 5, 7, 9, 21, 0, -1)),
             "max_auxiliary_bond": draw.choice((None, None, 1, 2, 7, 64, 10**6, 0)),
-            "auxiliary_sides": draw.choice(choices.AUXILIARY_SIDES),
-        }  # fmt: skip
+        }
         case.tried = f"site_dims{sizes} with {rest}"
         found: list[SiteDims] = []
-        fields = ("_features", "num_sites", "auxiliary_sides", "max_auxiliary_bond")
+        fields = ("_features", "num_sites", "max_auxiliary_bond")
         if refusal_of(lambda: found.append(site_dims(*sizes, **rest)), *fields):
             return
         (dims,) = found
@@ -83,7 +85,6 @@ def _site_dims(folder: Path) -> Any:
         for size, of_sites in zip(sizes, (dims.out_dims, dims.in_dims), strict=True):
             assert size <= math.prod(of_sites) <= size + max(1, size // 16), dims
         assert dims.num_sites in range(1, (rest["num_sites"] or 5) + 1, 2), dims
-        assert rest["layout"] == "balanced" or dims.is_separable
         bonds = dims.bond_dims()
         cap = rest["max_auxiliary_bond"]
         assert cap is None or max(bonds[dims.central], bonds[dims.central + 1]) <= cap, (bonds, cap)
@@ -100,10 +101,8 @@ def _dims(case: Case, limit: int = 24) -> SiteDims:
         m = draw.choice((1, 3, 5))
         pair = [[draw.choice((1, 1, 2, 3)) for _ in range(m)] for _ in range(2)]
         return SiteDims.of(pair, *(math.prod(side) for side in pair))
-    layout = draw.choice(choices.LAYOUTS)
-    sites = draw.choice((1, 3, 5, 7)) if layout == "balanced" else 3
-    bond = draw.choice((None, None, 1, 2, 5))
-    return site_dims(draw.randint(1, limit), draw.randint(1, limit), sites, layout, bond)
+    sites, bond = draw.choice((1, 3, 5, 7)), draw.choice((None, None, 1, 2, 5))
+    return site_dims(draw.randint(1, limit), draw.randint(1, limit), sites, bond)
 
 
 def _decompose(folder: Path) -> Any:
@@ -195,10 +194,9 @@ def _layer(case: Case, out: int, into: int, experts: int, bias: str, generator: 
     if draw.random() < 0.15:
         layer: Any = DenseExperts(out, into, experts, bias)
     else:
-        layout, bond = draw.choice(choices.LAYOUTS), draw.choice((None, None, 1, 2, 6))
-        gauge = draw.choice(choices.GAUGES)
-        case.tried += f" {out}×{into} {layout} {gauge} bond {bond},"
-        layer = MPOExperts(site_dims(out, into, layout=layout), experts, bond, gauge, bias=bias)
+        bond, gauge = draw.choice((None, None, 1, 2, 6)), draw.choice(choices.GAUGES)
+        case.tried += f" {out}×{into} {gauge} bond {bond},"
+        layer = MPOExperts(site_dims(out, into), experts, bond, gauge, bias=bias)
         layer.way = draw.choice((None, "apply", "rebuild", "cached"))
         case.tried += f" way {layer.way},"
     layer.double().load_matrix(torch.randn(out, into, generator=generator, dtype=torch.float64))
@@ -267,10 +265,79 @@ def _mixtures(folder: Path) -> Any:
     return attempt
 
 
+def _extended_layer(case: Case, out: int, into: int, experts: int, generator: torch.Generator) -> ExtendedExperts:
+    draw = case.random
+    rank, activation = draw.randint(1, 4), draw.choice((None, None, *choices.ACTIVATIONS))
+    case.tried += f" {out}×{into} rank {rank} {activation},"
+    base = torch.nn.Linear(into, out, bias=draw.random() < 0.5).double()
+    torch.nn.init.normal_(base.weight, generator=generator)
+    layer = ExtendedExperts(base, out, into, experts, rank, draw.choice((1.0, 0.3)), activation)
+    layer.initialize(generator)
+    torch.nn.init.normal_(layer.offsets_V, generator=generator)
+    return layer
+
+
+def _extended_row(layer: ExtendedExperts, row: Tensor, gates: dict[int, Tensor]) -> Tensor:
+    """W x + b + Σ s g V_e act(U_e x), for one token; s g is rounded as g is, to float32 if a router gives it."""
+    y, rank = layer.base(row), layer.rank
+    act = ACTIVATIONS[layer.activation] if layer.activation else lambda u: u
+    for e, gate in gates.items():
+        own = slice(e * rank, (e + 1) * rank)
+        y = y + (layer.scale * gate).double() * (layer.offsets_V[:, own] @ act(layer.offsets_U[own] @ row))
+    return y
+
+
+def _extended(folder: Path) -> Any:
+    def attempt(case: Case) -> None:
+        draw = case.random
+        generator = torch.Generator().manual_seed(draw.getrandbits(40))
+        width, inner, experts = draw.randint(1, 12), draw.randint(1, 16), draw.randint(1, 5)
+        tokens, top_k = draw.choice((0, 1, 3, 9)), draw.randint(1, experts)
+        balancing = BiasBalancing(experts, width, draw.choice((0.01, 5.0))) if draw.random() < 0.6 else None
+        router = TopKRouter(width, experts, top_k, is_scale_prob=True, has_bias=False, balancing=balancing)
+        router.initialize(generator)
+        if balancing is not None:
+            balancing.steps.copy_(torch.randint(-20, 20, (experts,), generator=generator))
+        is_gated, is_training, has_router = draw.random() < 0.3, draw.random() < 0.5, draw.random() < 0.8
+        case.tried = f"{tokens} tokens of {width}, {experts} experts, top {top_k}, {balancing}, router {has_router},"
+        up, down, *gate = (
+            _extended_layer(case, out, into, experts, generator)
+            for out, into in ((inner, width), (width, inner), *([(inner, width)] if is_gated else []))
+        )
+        layer = MoEFeedForward(router if has_router else None, up, down, torch.relu, *gate).train(is_training)
+        x = torch.randn(1, tokens, width, generator=generator, dtype=torch.float64) * draw.choice((1.0, 1.0, 0.0, 1e3))
+        routes = []
+        router.register_forward_hook(lambda _, __, route: routes.append(route))
+        with torch.set_grad_enabled(is_training):
+            y = layer(x)
+        assert y.shape == x.shape
+        expected = torch.zeros(tokens, width, dtype=torch.float64)
+        with torch.no_grad():
+            for t in range(tokens):
+                gates = dict.fromkeys(range(experts), torch.ones(1).double())
+                if has_router:
+                    chosen = routes[0].expert_index[t].tolist()
+                    assert len(set(chosen)) == top_k
+                    gates = {e: routes[0].probabilities[t, e].view(1) for e in chosen}
+                h = _extended_row(up, x[0, t], gates)
+                h = torch.relu(_extended_row(gate[0], x[0, t], gates)) * h if gate else torch.relu(h)
+                expected[t] = _extended_row(down, h, gates)
+        atol = 1e-8 * max(1.0, float(x.abs().amax()) ** 2 if tokens else 0.0)
+        torch.testing.assert_close(y[0].detach(), expected, rtol=1e-6, atol=atol)
+        if balancing is not None and is_training and has_router:
+            assert balancing.pending.sum() == tokens * top_k
+        if is_training and tokens:
+            y.sum().backward()
+            assert all(p.grad is None or torch.isfinite(p.grad).all() for p in layer.parameters())
+
+    return attempt
+
+
 PROPERTIES = (
     Property("site dimensions", _site_dims, 0.3),
     Property("decomposition", _decompose, 0.8),
     Property("MPOEConfig", _configs, 1.2),
-    Property("experts and routers", _mixtures, 1.8),
+    Property("experts and routers", _mixtures, 1.4),
+    Property("extended experts", _extended, 1.0),
 )
 assert VALID.keys() == {field.name for field in dataclasses.fields(MPOEConfig)}
