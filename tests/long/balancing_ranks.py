@@ -30,7 +30,7 @@ def main(layout: str) -> None:
     alone = copy.deepcopy(model)
     for router in routers(alone).values():
         router.balancing.count = _local_count(router.balancing)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=True)
+    wrapped = DistributedDataParallel(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, alone)]
     for step in range(STEPS):
         torch.manual_seed(step)
