@@ -273,13 +273,13 @@ def _sparse_config(model: PreTrainedModel, dense: PreTrainedModel, is_sparse: Ma
                 "num_sparse_encoder_layers": counts["encoder"], "num_sparse_decoder_layers": counts["decoder"],
                 "tie_word_embeddings": is_tied,
                 # a saturated router has no gradient from the balance loss, and a z-loss beyond all measure
-                "router_aux_loss_coef": mixture.load_balancing_coef if router.is_scale_prob else 0.0,
+                "router_aux_loss_coef": (mixture.load_balancing_coef or 0.0) if router.is_scale_prob else 0.0,
                 "router_z_loss_coef": mixture.router_z_loss_coef if router.is_scale_prob else 0.0,
             }
         )  # fmt: skip
     values |= {
         "num_local_experts": router.num_experts, "num_experts_per_tok": router.top_k,
-        "router_aux_loss_coef": mixture.load_balancing_coef,
+        "router_aux_loss_coef": mixture.load_balancing_coef or 0.0,
     }  # fmt: skip
     if kind.__name__.startswith("Qwen3"):
         values |= {

@@ -126,7 +126,7 @@ class ExtendedExperts(Float32Module):
         if gates is None:
             h = u * self.scale.to(u.dtype)
         else:
-            g = (gates * self.scale).to(u.dtype)
+            g = (gates.to(self.scale.dtype) * self.scale).to(u.dtype)
             h = (u.view(len(u), self.num_experts, self.rank) * g.unsqueeze(2)).view_as(u)
         V = self.offsets_V.to(y.dtype)
         # in place where nobody else has the base's output; autocast skips some quantised weights, so dtypes may differ
@@ -137,7 +137,7 @@ class ExtendedExperts(Float32Module):
         U_ERD = self.offsets_U.to(x.dtype).view(self.num_experts, self.rank, self.in_features)
         V_EFR = self.offsets_V.to(x.dtype).view(self.out_features, self.num_experts, self.rank).transpose(0, 1)
         u_NR = self._activated(linear_per_expert(dispatch.dispatch(x), dispatch.counts, U_ERD))
-        h_NR = u_NR * (gates_N * self.scale).to(u_NR.dtype)[:, None]
+        h_NR = u_NR * (gates_N.to(self.scale.dtype) * self.scale).to(u_NR.dtype)[:, None]
         y_NF = linear_per_expert(h_NR, dispatch.counts, V_EFR)
         return y.index_add(0, dispatch.token_index, y_NF.to(y.dtype))
 
