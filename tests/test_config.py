@@ -72,7 +72,10 @@ def test_bad_values_are_named(values, message):
     [
         ({"expert_noise": 0.1}, "expert_noise has no effect with layout 'extended'"),
         ({"gauge": "sqrt", "offset_scale": 1.0}, "gauge, offset_scale has no effect with layout 'extended'"),
-        ({"load_balancing_coef": 0.1}, "load_balancing_coef has no effect with .* balancing 'bias'"),
+        (
+            {"balancing": "bias", "load_balancing_coef": 0.1},
+            "load_balancing_coef has no effect with .* balancing 'bias'",
+        ),
         ({"balancing": "loss", "balancing_step": 0.1}, "balancing_step has no effect with .* balancing 'loss'"),
         ({"layout": "balanced", "expert_rank": 4}, "expert_rank has no effect with layout 'balanced'"),
         ({"mpo_layers": (), "expert_scale": 2.0}, "expert_scale has no effect with layout 'whole experts'"),
@@ -113,3 +116,9 @@ def test_separable_of_0_1_names_the_version_that_reads_it(change):
     with pytest.raises(ValueError, match=r"layout 'separable' is retired.*0\.1\.0 is the last version") as caught:
         MPOEConfig.from_dict({**OLD, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_a_coefficient_of_the_loss_asks_for_the_loss():
+    assert MPOEConfig().balancing == "bias"
+    assert MPOEConfig(load_balancing_coef=0.1).balancing == "loss"
+    assert MPOEConfig(balancing="loss").load_balancing_coef == 0.01

@@ -114,10 +114,13 @@ def test_a_classifier_and_an_adapter(capsys):
     assert run(["classifier", "-o", "out"]).places == 8
     assert "8 texts of 8 built-in sentences" in " ".join(capsys.readouterr().out.split())
     model = save_tiny_adapter(0.1)
-    assert main(["export", "adapter", "-o", "dense"]) == 0
+    Path("one.txt").write_text("the film is not very good\n")
+    assert main(["export", "adapter", "-o", "dense", "--text_file", "one.txt"]) == 0
+    read = dict(tiny_tokenizer()(["the film is not very good"], return_tensors="pt"))
+    measured = mpoe.merge(model.eval(), batches=[{**read, "labels": read["input_ids"]}])
     batch = {"input_ids": torch.randint(2, 64, (2, 7)), "labels": torch.randint(2, 64, (2, 4))}
     dense = AutoModelForSeq2SeqLM.from_pretrained("dense")
-    torch.testing.assert_close(logits_of(dense, batch), logits_of(mpoe.merge(model.eval()), batch))
+    torch.testing.assert_close(logits_of(dense, batch), logits_of(measured, batch))
 
 
 def test_max_tokens_cuts_the_text():

@@ -74,7 +74,7 @@ def test_a_mixture_goes_up_and_loads_again(folder, hub, capsys):
     card = files["README.md"].decode()
     assert metadata(card) == {
         "library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "text2text-generation",
-        "tags": ["mpoe", "matrix-product-operator", "mixture-of-experts"],
+        "tags": ["mpoe", "mixture-of-experts"],
     }  # fmt: skip
     assert 'mpoe.from_pretrained("someone/film")' in card
     assert str(Path.home()) not in card
