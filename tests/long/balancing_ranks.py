@@ -49,6 +49,8 @@ def main(layout: str) -> None:
     assert any(router.balancing.steps.any() for router in routers(alone).values()), "the case must move a bias"
     if rank == 0:
         sys.stdout.write(f"{max(differences)}\n")
+    del wrapped  # its destructor may wait for ever once the group is gone
+    dist.barrier()
     dist.destroy_process_group()
 
 
