@@ -1,4 +1,4 @@
-# make setup | demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | balancing | soak | bench |
+# make setup | demo | test | check | docs | docs-test | oldest | chaos | fuzz | distributed | balancing | preserved | soak | bench |
 # clean | help. The first of them to run makes .venv; after that none needs the network, but for what `mpoe demo` itself
 # downloads once, and `make oldest`.
 
@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check docs docs-test oldest chaos fuzz distributed balancing soak bench clean
+.PHONY: help setup demo test check docs docs-test oldest chaos fuzz distributed balancing preserved soak bench clean
 
 help:
 	@echo "make setup   make .venv, with mpoe and all that it is developed with"
@@ -36,6 +36,7 @@ help:
 	@echo "make fuzz    random shapes, configs and damaged files              (ARGS='--minutes 10 --seed 1')"
 	@echo "make distributed   two processes beside one, whole and sharded, on the CPU"
 	@echo "make balancing     the loads of the experts in four training loops"
+	@echo "make preserved     what upcycling does to the logits of every family"
 	@echo "make soak    train and answer for an hour: does anything grow?    (ARGS='--minutes 10')"
 	@echo "make bench   the benchmarks, each in its short form               (BENCHMARKS='layer decode')"
 	@echo "make clean   delete .venv, caches and build output; runs/ stays"
@@ -96,6 +97,9 @@ distributed: $(READY)
 balancing: $(READY)
 	@echo "balancing: four training loops (tests/long/balancing.py); some minutes"
 	@$(BIN)/python tests/long/balancing.py
+
+preserved: $(READY)
+	@$(BIN)/python tests/long/preserved.py
 
 soak: $(READY)
 	@echo "soak: looking for growth (tests/long/soak.py $(ARGS))"

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from rich.console import Console
 
 import mpoe
 from tiny import logits_of
@@ -34,8 +35,8 @@ def generated(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 def main() -> int:
     """Print the table."""
-    failed = 0
-    print(f"{'family':<14}" + "".join(f"{layout:>16}" for layout in LAYOUTS) + "   same generation")
+    failed, console = 0, Console(width=120, highlight=False)
+    console.print(f"{'family':<14}" + "".join(f"{layout:>16}" for layout in LAYOUTS) + "   same generation")
     for name in FAMILY_NAMES:
         torch.manual_seed(0)
         dense, batch = tiny_model(name), family_batch(name)
@@ -51,8 +52,8 @@ def main() -> int:
                 same.append(torch.equal(generated(model, name), text))
         failed += same.count(False)
         verdict = "-" if text is None else ", ".join("yes" if one else "NO" for one in same)
-        print(f"{name:<14}{''.join(cells)}   {verdict}", flush=True)
-    print("all preserved" if not failed else f"{failed} failures")
+        console.print(f"{name:<14}{''.join(cells)}   {verdict}")
+    console.print("all preserved" if not failed else f"{failed} failures")
     return int(failed > 0)
 
 
