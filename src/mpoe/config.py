@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 import reprlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from mpoe.config_checks import are_matrices, are_site_dims, is_count, is_index, is_number, require
 
 LAYOUTS = ("extended", "balanced")
 GAUGES = ("identity", "central", "sqrt")
@@ -183,7 +183,7 @@ class MPOEConfig:
         for name in ("mpo_layers", "stacks", "layers"):
             value = getattr(self, name)
             is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | dict)
-            _require(is_list or (value is None and name != "mpo_layers"), name, "a list", value)
+            require(is_list or (value is None and name != "mpo_layers"), name, "a list", value)
         self.mpo_layers = tuple(self.mpo_layers)
         self.stacks = None if self.stacks is None else tuple(self.stacks)
         self.layers = None if self.layers is None else tuple(self.layers)
@@ -197,48 +197,48 @@ class MPOEConfig:
             ("compute", COMPUTE), ("routing", ROUTING), ("router_gradient", ROUTER_GRADIENTS),
             ("balancing", BALANCING), ("expert_activation", (*ACTIVATIONS, None)),
         ):  # fmt: skip
-            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        _require(_is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
-        _require(self.num_experts <= MAX_EXPERTS, "num_experts", f"at most {MAX_EXPERTS:,}", self.num_experts)
-        _require(_is_count(self.expert_rank), "expert_rank", "an integer >= 1", self.expert_rank)
-        _require(self.expert_rank <= MAX_EXPERT_RANK, "expert_rank", f"at most {MAX_EXPERT_RANK:,}", self.expert_rank)
+            require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
+        require(is_count(self.num_experts), "num_experts", "an integer >= 1", self.num_experts)
+        require(self.num_experts <= MAX_EXPERTS, "num_experts", f"at most {MAX_EXPERTS:,}", self.num_experts)
+        require(is_count(self.expert_rank), "expert_rank", "an integer >= 1", self.expert_rank)
+        require(self.expert_rank <= MAX_EXPERT_RANK, "expert_rank", f"at most {MAX_EXPERT_RANK:,}", self.expert_rank)
         for name in (
             "top_k", "num_sites", "max_auxiliary_bond", "max_bond_dim", "word_embed_bond_dim", "attention_bond_dim",
         ):  # fmt: skip
             value = getattr(self, name)
-            _require(value is None or _is_count(value), name, "an integer >= 1", value)
-        _require(
+            require(value is None or is_count(value), name, "an integer >= 1", value)
+        require(
             not self.is_mixture or self.experts_per_token <= self.num_experts,
             "top_k", f"at most num_experts = {self.num_experts}", self.experts_per_token,
         )  # fmt: skip
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            _require(self.routing == "token" or value is None, name, "None with a routing of whole inputs", value)
+            require(self.routing == "token" or value is None, name, "None with a routing of whole inputs", value)
         for name in ("second_policy_train", "second_policy_eval"):
-            _require(
+            require(
                 getattr(self, name) == "all" or self.experts_per_token > 1,
                 name, "'all' where a token has one expert (moe_type 'moe' gives it two)", getattr(self, name),
             )  # fmt: skip
-        _require(
+        require(
             all(layer in COMPONENTS for layer in self.mpo_layers),
             "mpo_layers", f"a list of {COMPONENTS}", self.mpo_layers,
         )  # fmt: skip
-        _require(
+        require(
             self.stacks is None or (self.stacks and all(stack in ("encoder", "decoder") for stack in self.stacks)),
             "stacks", "a list of 'encoder' and 'decoder'", self.stacks,
         )  # fmt: skip
-        _require(
-            self.layers is None or (self.layers and all(_is_index(n) for n in self.layers)),
+        require(
+            self.layers is None or (self.layers and all(is_index(n) for n in self.layers)),
             "layers", "a list of block indices >= 0", self.layers,
         )  # fmt: skip
         for name in ("offset_scale", "expert_scale", "balancing_step", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             optional = name.endswith("capacity_factor")
-            _require((optional and value is None) or (_is_number(value) and value > 0), name, "> 0", value)
-            _require(value is None or value <= 1e6, name, "at most 1e6", value)
+            require((optional and value is None) or (is_number(value) and value > 0), name, "> 0", value)
+            require(value is None or value <= 1e6, name, "at most 1e6", value)
         # beyond these, float32 has no such scales
         for name in ("offset_scale", "expert_scale", "balancing_step"):
-            _require(1e-9 <= getattr(self, name) <= 1e6, name, "from 1e-9 to 1e6", getattr(self, name))
+            require(1e-9 <= getattr(self, name) <= 1e6, name, "from 1e-9 to 1e6", getattr(self, name))
         for name in (
             "expert_noise", "load_balancing_coef", "router_jitter", "router_z_loss_coef", "matrix_cache_gib",
             "matrix_save_gib",
@@ -246,36 +246,36 @@ class MPOEConfig:
             value = getattr(self, name)
             if name == "load_balancing_coef" and value is None:
                 continue
-            _require(_is_number(value) and value >= 0, name, ">= 0", value)
-            _require(value <= 1e6, name, "at most 1e6", value)
-        _require(
+            require(is_number(value) and value >= 0, name, ">= 0", value)
+            require(value <= 1e6, name, "at most 1e6", value)
+        require(
             isinstance(self.share_central, bool)
             and (self.share_central or (self.is_mixture and "mlp" in self.mpo_layers)),
             "share_central", "True, or False for a mixture of MPOs (mpo_layers with 'mlp')", self.share_central,
         )  # fmt: skip
-        _require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
+        require(self.routing == "token" or self.is_mixture, "routing", "'token' where nothing is routed", self.routing)
         for name in ("is_scale_prob", "router_input_norm", "auxiliary_start", "frozen_router", "tied_head"):
             value, is_optional = getattr(self, name), name == "tied_head"
             must = "True, False or None" if is_optional else "True or False"
-            _require(isinstance(value, bool) or (is_optional and value is None), name, must, value)
-        _require(_is_index(self.seed) and self.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", self.seed)
-        _require(
-            _are_site_dims(self.site_dims),
+            require(isinstance(value, bool) or (is_optional and value is None), name, must, value)
+        require(is_index(self.seed) and self.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", self.seed)
+        require(
+            are_site_dims(self.site_dims),
             "site_dims", 'None or site dimensions by shape, {"3072x768": [[192, 16, 1], [1, 2, 384]]}', self.site_dims,
         )  # fmt: skip
-        _require(
-            _are_matrices(self.matrices), "matrices",
+        require(
+            are_matrices(self.matrices), "matrices",
             'None or, by name, {"site_dims": [[192, 16, 1], [1, 2, 384]], "bonds": [100, 200]}', self.matrices,
         )  # fmt: skip
         described = self.feed_forward
-        _require(
+        require(
             described is None or (isinstance(described, dict) and all(isinstance(key, str) for key in described)),
             "feed_forward", "None or a description, fields and their values", described,
         )  # fmt: skip
         self._check_layout()
         dropout, threshold = self.expert_dropout, self.second_threshold
-        _require(dropout is None or (_is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)
-        _require(_is_number(threshold) and 0 < threshold <= 1, "second_threshold", "in (0, 1]", threshold)
+        require(dropout is None or (is_number(dropout) and 0 <= dropout <= 1), "expert_dropout", "in [0, 1]", dropout)
+        require(is_number(threshold) and 0 < threshold <= 1, "second_threshold", "in (0, 1]", threshold)
 
     def _check_layout(self) -> None:
         """Refuse options that another layout has and that would change the function; warn about the others."""
@@ -283,7 +283,7 @@ class MPOEConfig:
         changed = {name for name, value in vars(self).items() if value != defaults[name]}
         if self.is_extended:
             others = [layer for layer in self.mpo_layers if layer != "mlp"]
-            _require(not others, "mpo_layers", "['mlp'] with layout 'extended'; 'balanced' has the others", others)
+            require(not others, "mpo_layers", "['mlp'] with layout 'extended'; 'balanced' has the others", others)
             for name in sorted(changed & set(_REFUSED_BY_EXTENDED)):
                 raise ValueError(
                     f"{name} must be left out with layout 'extended', got {reprlib.repr(getattr(self, name))}; use "
@@ -380,55 +380,3 @@ _UNUSED_BY_EXTENDED = (
     "num_sites", "max_auxiliary_bond", "site_dims", "gauge", "auxiliary_start", "offset_scale", "expert_noise",
     "router_gradient", "compute", "matrix_cache_gib", "matrix_save_gib",
 )  # fmt: skip
-
-
-def _require(holds: object, name: str, must: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {must}; got {reprlib.repr(value)}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _is_count(value: object) -> bool:
-    return _is_index(value) and value != 0
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_site_dims(value: object) -> bool:
-    """None, or pairs of lists of counts by shape; whether they fit their matrices is seen there."""
-    if value is None:
-        return True
-    return isinstance(value, dict) and all(
-        isinstance(shape, str) and re.fullmatch(r"([^:]+:)?\d+x\d+", shape) and _is_pair(pair)
-        for shape, pair in value.items()
-    )
-
-
-def _are_matrices(value: object) -> bool:
-    """None, or site dimensions and one bond between any two sites, by name."""
-    if value is None:
-        return True
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(own, dict)
-        and own.keys() == {"site_dims", "bonds"}
-        and _is_pair(own["site_dims"])
-        and isinstance(own["bonds"], list | tuple)
-        and all(map(_is_count, own["bonds"]))
-        and len(own["bonds"]) == len(own["site_dims"][0]) - 1
-        for name, own in value.items()
-    )
-
-
-def _is_pair(value: object) -> bool:
-    """Output dimensions and input dimensions."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 2
-        and all(isinstance(side, list | tuple) and all(map(_is_count, side)) for side in value)
-    )

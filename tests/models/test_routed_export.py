@@ -10,7 +10,8 @@ from transformers import AutoConfig
 import mpoe
 from mpoe.models import mixtures, routers
 from mpoe.models.difference import logit_difference
-from mpoe.models.routed_export import FORMATS, differences, measured_inputs, to_sparse
+from mpoe.models.routed_export import FORMATS, differences, to_sparse
+from mpoe.models.router_inputs import measured_inputs
 from tiny import V1_0, logits_of, moved
 from tiny_families import family_batch, tiny_model
 

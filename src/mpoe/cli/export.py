@@ -23,7 +23,8 @@ from mpoe.cli.score import read_lines
 from mpoe.files import check_new_folder, new_folder, write_json
 from mpoe.models import class_of, load_tokenizer, load_whole, merge, mixtures, mpoe_config, read_config
 from mpoe.models.difference import IGNORED, LogitDifference, logit_difference
-from mpoe.models.routed_export import RouterInputs, differences, measured_inputs, to_sparse
+from mpoe.models.routed_export import differences, to_sparse
+from mpoe.models.router_inputs import RouterInputs, measured_inputs
 from mpoe.report import PlainConsole
 from mpoe.report.plain import TITLE, plain
 
