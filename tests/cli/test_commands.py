@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*experts got under 1%:UserWarni
 def test_finetune_writes_everything_and_predict_reads_it(ground, capsys):
     assert main(["finetune", *FLAGS]) == 0
     printed = capsys.readouterr().out
-    for text in ("central tensors (shared)", "Share of tokens per expert", "sentiment after 4 steps", "cross entropy"):
+    for text in ("central tensors (shared)", "Load of each expert", "sentiment after 4 steps", "cross entropy"):
         assert text in printed
     results = json.loads((ground / "run" / "results.json").read_text())
     metrics = results["tasks"]["sentiment"]
@@ -269,7 +269,7 @@ def test_demo_end_to_end(ground, capfd):
     flags = "--model_name_or_path model --data_dir data --output_dir demo --num_experts 2 --max_steps 2 --batch_size 4"
     assert main(["demo", "--compare", *flags.split()]) == 0
     printed = capfd.readouterr().out
-    for text in ("What this does", "before fine-tuning", "whole experts", "Share of tokens", "in a new process"):
+    for text in ("What this does", "before fine-tuning", "whole experts", "Load of each expert", "in a new process"):
         assert text in printed
     assert printed.count("A warm and witty film") == 1
     assert main(["demo", *flags.split()]) == 0

@@ -60,7 +60,7 @@ def assert_equal_runs(one, other):
 
 def test_two_processes_train_as_one_with_two_micro_batches(ground):
     printed = finish(ground, *TWO, *COMMAND)
-    assert printed.count("Share of tokens per expert") == 1
+    assert printed.count("Load of each expert") == 1
     assert_equal_runs(ground / "one", ground / "run")
     assert_equal_logs(ground / "one", ground / "run")
     shutil.rmtree(ground / "run")
