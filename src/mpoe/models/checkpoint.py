@@ -36,6 +36,7 @@ from mpoe.files import is_file_name, read_json
 from mpoe.models.families import T5_SIZES
 from mpoe.models.inspect import is_upcycled, sharing_experts
 from mpoe.models.pickles import REASON, find_refused
+from mpoe.models.router_loss import routers
 from mpoe.models.upcycle import swap_modules, upcycle
 
 TOKENIZER_FILES = (
@@ -177,6 +178,11 @@ def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
             for place, experts in sharing_experts(model).items():
                 tensors |= dict(experts.named_buffers(prefix=place))
             whole = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()}
+            for place, router in routers(model).items():  # whole numbers alone count
+                counts = ("balancing.steps", "balancing.pending")
+                for own, buffer in router.named_buffers():
+                    if buffer.is_floating_point() == (own in counts):
+                        whole[f"{place}.router.{own}"] = buffer.dtype
             wrong |= {name: f"has {dtype} numbers" for name, dtype in whole.items()}
         if wrong:
             name = min(wrong)
