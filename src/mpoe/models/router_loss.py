@@ -87,8 +87,8 @@ def add_router_loss_hook(model: nn.Module) -> None:
 
 
 def _add_router_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    if isinstance(output, tuple):
-        loss = output[0] if kwargs.get("labels") is not None else None
+    if isinstance(output, tuple):  # the loss comes first where there is one, and is the only scalar
+        loss = output[0] if isinstance(output[0], Tensor) and output[0].ndim == 0 else None
     else:
         loss = getattr(output, "loss", None)
     if not module.training or loss is None or is_recomputed():
