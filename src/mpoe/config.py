@@ -73,8 +73,8 @@ class MPOEConfig:
         gauge: Where the freedom on the bonds goes. "identity": auxiliaries start as identities and the central tensor
             is the matrix itself, reshaped; "central": isometries around the centre; "sqrt": the square root of the
             singular values on both sides of every bond, as in the reference implementation; at the learning rate that
-            suits the other two it learned nothing, its central tensors' elements being tens of times smaller
-            (docs/results.md).
+            suits the other two it learned nothing, its central tensors' elements being tens of times
+            smaller.
         auxiliary_start: Whether an auxiliary tensor is an offset from what it started as (see `offset_scale`), which is
             kept beside it. Without, it is its own parameter: smaller, and the learning rate of the whole model does not
             suit it. `mpoe compress` writes such models.

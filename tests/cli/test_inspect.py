@@ -137,7 +137,7 @@ def test_both_at_once_and_several_mixtures(capsys):
         ("--plan 0 --layout balanced", "tokens must be >= 1; got 0"),
         ("--plan 8", "only matrices of layout 'balanced' are planned; got 'extended'"),
         ("--expert_rank 0", "expert_rank must be an integer >= 1; got 0"),
-        ("--linear_trunc 8", "max_bond_dim must be left out with layout 'extended'"),
+        ("--linear_trunc 8", "linear_trunc must be 30000 with layout extended"),
         ("--plan --plan_on tpu", "invalid choice: 'tpu'"),
     ],
 )

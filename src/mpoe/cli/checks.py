@@ -23,7 +23,7 @@ from mpoe.files import cache_dir
 
 Verdict = Literal["ok", "note", "slow", "broken"]
 GIB = 2**30
-FREE_MEMORY = 4 * GIB  # fine-tuning the demo's T5 took 3.7 GiB (docs/results.md)
+FREE_MEMORY = 4 * GIB  # fine-tuning the demo's T5 took 3.7 GiB
 FREE_DISK = 5 * GIB  # the demo's weights, its runs and a checkpoint while it is written
 NETWORK_SECONDS = 3.0
 
