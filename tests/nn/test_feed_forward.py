@@ -142,3 +142,20 @@ def test_compiled_it_is_one_graph_and_the_same_function():
         [sys.executable, "-c", COMPILED], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_selected_experts_alone_give_the_same_outputs_and_gradients(monkeypatch, top_k):
+    results = []
+    for select_from, select_tokens in ((10**9, 1), (1, 10**9), (1, 1)):
+        monkeypatch.setattr("mpoe.nn.extended.SELECT_FROM", select_from)
+        monkeypatch.setattr("mpoe.nn.extended.SELECT_TOKENS", select_tokens)
+        torch.manual_seed(0)
+        layer = make_layer(top_k=top_k)
+        assert layer.up.selects(7) == (select_from == select_tokens == 1)
+        x = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        torch.testing.assert_close(y, by_hand(layer, x))
+        results.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])

@@ -20,7 +20,8 @@ from mpoe.nn.dispatch import Dispatch
 from mpoe.nn.float32 import Float32Module
 from mpoe.nn.grouped import linear_per_expert
 
-SELECT_FROM = 1024  # E·R; from here on it is faster to compute the selected experts alone, on a CPU
+SELECT_FROM = 1024  # E·R; from here on, and for many tokens, computing the selected experts alone is 1.3 to 1.9 times
+SELECT_TOKENS = 256  # as fast on a CPU, and slower for few tokens (benchmarks/layer.py)
 PROBES = 64  # Gaussian vectors that measure the scale of a layer
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 
@@ -154,10 +155,9 @@ class ExtendedExperts(Float32Module):
         is_plain = type(local) in (nn.Parameter, Tensor) and local.is_floating_point()  # whole, or one process' shard
         return weight if is_plain else None
 
-    @property
-    def selects(self) -> bool:
-        """Whether computing only the selected experts is faster (benchmarks/layer.py)."""
-        return self.num_experts * self.rank >= SELECT_FROM
+    def selects(self, tokens: int) -> bool:
+        """Whether computing only the selected experts is faster for this number of tokens."""
+        return self.num_experts * self.rank >= SELECT_FROM and tokens >= SELECT_TOKENS
 
     @property
     def auxiliary(self) -> dict[int, nn.Parameter]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -95,7 +95,7 @@ class MoEFeedForward(nn.Module):
         if self.up.mixes_outputs:
             dispatch = Dispatch.by_expert(route)
             y_TD = dispatch.combine(self._ffn(dispatch.dispatch(x_TD), dispatch.counts), route.weight)
-        elif self.up.selects and is_known_to_host(x.device):
+        elif cast(ExtendedExperts, self.up).selects(len(x_TD)) and is_known_to_host(x.device):
             dispatch = Dispatch.by_expert(route)
             y_TD = self._ffn(x_TD, route.weight.flatten()[dispatch.order], dispatch)
         else:
