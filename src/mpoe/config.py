@@ -49,7 +49,7 @@ class MPOEConfig:
         expert_scale: Layout "extended": s = expert_scale · rms(W z) / rms(z) with a Gaussian z, dimensionless, > 0. It
             makes one learning rate suit V whatever the scale of W.
         expert_activation: Layout "extended": a non-linearity between U and V, "gelu", "relu" or "silu". With it an
-            expert cannot be merged into W. None is none.
+            expert cannot be merged into W. `None` disables it.
         frozen_router: Whether the router keeps its random initial weights.
         balancing: How the load of the experts is balanced. "bias": a bias per expert, used to select the top k and
             never as a weight, moves against the expert's excess load once per optimizer step. "loss": the auxiliary

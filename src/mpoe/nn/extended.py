@@ -40,7 +40,7 @@ class ExtendedExperts(Float32Module):
         rank: R, count.
         expert_scale: s = expert_scale · rms(W z) / rms(z) with a Gaussian z, dimensionless; W includes what wraps the
             layer, and not its bias.
-        activation: Between U and V, a key of ACTIVATIONS; None is none.
+        activation: Between U and V, a key of ACTIVATIONS; `None` disables it.
 
     Attributes:
         offsets_U: (E·R, D), expert by expert.
@@ -130,7 +130,7 @@ class ExtendedExperts(Float32Module):
             g = (gates.to(self.scale.dtype) * self.scale).to(u.dtype)
             h = (u.view(len(u), self.num_experts, self.rank) * g.unsqueeze(2)).view_as(u)
         V = self.offsets_V.to(y.dtype)
-        # in place where nobody else has the base's output; autocast skips some quantised weights, so dtypes may differ
+        # In place if no hook can hold the base's output. Autocast skips some quantised weights, so dtypes may differ.
         is_own = type(self.base) is nn.Linear and not self.base._forward_hooks and y.dtype == h.dtype
         return y.addmm_(h, V.T) if is_own else torch.addmm(y, h, V.T)
 

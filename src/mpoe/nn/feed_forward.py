@@ -51,7 +51,7 @@ class MoEFeedForward(nn.Module):
         router_output: The routing decision of the last training forward if `has_loss`, until the model's loss takes it.
         usage: Sums over the forwards since `reset_usage` or `take_usage`; None before `reset_usage`, and then nothing
             is counted.
-        taken_usage: What has been taken since `reset_usage`; None is nothing.
+        taken_usage: Sums taken since `reset_usage`; `None` if nothing was taken.
     """
 
     def __init__(
