@@ -56,7 +56,9 @@ def test_diff_names_what_is_not_the_default():
         ({"balancing_step": -1}, "balancing_step must be > 0; got -1"),
         ({"frozen_router": 1}, "frozen_router must be True or False; got 1"),
         ({"num_experts": 4, "top_k": 5}, "top_k must be at most num_experts = 4; got 5"),
-        ({"mpo_layers": ["mlp", "attention"]}, r"mpo_layers must be \['mlp'\] with layout 'extended'.*\['attention'\]"),
+        ({"mpo_layers": ["mlp", "attention"]}, r"mpo_layers \['attention'\] need layout='balanced'"),
+        ({"mpo_layers": ["attention"]}, r"mpo_layers \['attention'\] need layout='balanced'"),
+        ({"layout": "separable"}, "'separable' is retired; got 'separable'"),
         ({"max_bond_dim": 4}, "max_bond_dim must be left out with layout 'extended', got 4; use layout='balanced'"),
         ({"capacity_factor": 1.0}, "capacity_factor must be left out with layout 'extended'"),
         ({"expert_bias": "expert"}, "expert_bias must be left out with layout 'extended'"),
@@ -113,7 +115,9 @@ def test_what_0_1_wrote_is_read():
 
 @pytest.mark.parametrize("change", [{"layout": "separable"}, {"layout": "separable", "auxiliary_sides": "narrow"}])
 def test_separable_of_0_1_names_the_version_that_reads_it(change):
-    with pytest.raises(ValueError, match=r"layout 'separable' is retired.*0\.1\.0 is the last version") as caught:
+    with pytest.raises(
+        ValueError, match=r"layout 'separable' is retired.*0\.1\.0 \(commit \w+\) is the last version"
+    ) as caught:
         MPOEConfig.from_dict({**OLD, **change})
     assert "\n" not in str(caught.value)
 

@@ -191,6 +191,7 @@ class MPOEConfig:
             self.balancing = "bias" if self.load_balancing_coef is None else "loss"
         if self.balancing == "loss" and self.load_balancing_coef is None:
             self.load_balancing_coef = 0.01
+        require(self.layout != "separable", "layout", f"one of {LAYOUTS}, 'separable' is retired", self.layout)
         for name, choices in (
             ("layout", LAYOUTS), ("gauge", GAUGES), ("moe_type", (*MOE_TYPES, None)), ("expert_bias", BIASES),
             ("second_policy_train", SECOND_POLICIES), ("second_policy_eval", SECOND_POLICIES),
@@ -281,9 +282,9 @@ class MPOEConfig:
         """Refuse options that another layout has and that would change the function; warn about the others."""
         defaults = {of.name: of.default for of in dataclasses.fields(self)}
         changed = {name for name, value in vars(self).items() if value != defaults[name]}
+        if self.layout == "extended" and (others := [layer for layer in self.mpo_layers if layer != "mlp"]):
+            raise ValueError(f"mpo_layers {others} need layout='balanced'; got layout 'extended', which is for 'mlp'")
         if self.is_extended:
-            others = [layer for layer in self.mpo_layers if layer != "mlp"]
-            require(not others, "mpo_layers", "['mlp'] with layout 'extended'; 'balanced' has the others", others)
             for name in sorted(changed & set(_REFUSED_BY_EXTENDED)):
                 raise ValueError(
                     f"{name} must be left out with layout 'extended', got {reprlib.repr(getattr(self, name))}; use "
@@ -343,8 +344,8 @@ class MPOEConfig:
             if values.pop("auxiliary_sides") != "both" or values.get("layout") == "separable":
                 if values.get("mpo_layers"):
                     raise ValueError(
-                        "layout 'separable' is retired, and this is a mixture in it; mpoe 0.1.0 is the last version "
-                        "that reads it: load it there and train again in layout 'extended' here"
+                        "layout 'separable' is retired, and this is a mixture in it; mpoe 0.1.0 (commit cd4991d) is "
+                        "the last version that reads it: load it there and train again in layout 'extended' here"
                     )
                 values["layout"] = "balanced"  # whole experts, which have no layout
         known = {field.name for field in dataclasses.fields(cls)}

@@ -113,7 +113,7 @@ def lose_tokenizer(run):
     ("lose", "note", "still"),
     [
         (lose_results, "Not finished", "Training loss"),
-        (lose_log, "an older version of mpoe writes none", "Training loss"),
+        (lose_log, "or a run of an older version", "Training loss"),
         (lose_all_but_the_checkpoint, "its last checkpoint", "Training loss"),
         (lose_weights, "Weights not read", "Router entropy"),
         (damage_weights, "Weights not read", "Router entropy"),

@@ -323,3 +323,13 @@ def test_compiled_it_counts_the_same_in_one_graph():
     # in a process of its own: the type checker that the tests hang in would break the graph
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_frozen_mixture_stays_as_it_is():
+    layer = make_layer().train().requires_grad_(False)
+    layer.router.balancing.pending.copy_(torch.arange(E))
+    layer.router.balancing.reference.add_(1)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(9, D))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

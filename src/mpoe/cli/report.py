@@ -103,7 +103,10 @@ def _read(name: str, path: Path, text: str | None, with_spectra: bool) -> RunRep
     if not log:
         log = _log_of_checkpoint(path)
         then = "the curves are those of its last checkpoint" if log else "no curves"
-        notes.append(f"No {LOG_FILE} (an older version of mpoe writes none): no shares over training, and {then}.")
+        notes.append(
+            f"No {LOG_FILE} (fewer steps than --logging_steps, or a run of an older version): no shares over training, "
+            f"and {then}."
+        )
     found: dict[str, Any] = {}
     if result is not None:
         try:

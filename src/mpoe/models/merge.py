@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mpoe.models.find import find_embedding, find_matrices, matrix_of
 from mpoe.models.inspect import router_statistics
-from mpoe.models.quantized_base import is_quantized
 from mpoe.models.router_loss import mixtures, mpoe_config
 from mpoe.nn import Experts, ExtendedExperts
 
@@ -90,6 +89,11 @@ def mean_gates(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] |
         for layer in layers.values():
             layer.reset_usage()
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    "batches must be a list of keyword arguments of the model, [{'input_ids': ...}]; got a batch of "
+                    f"type {type(batch).__name__}"
+                )
             cast(Any, model)(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         found = router_statistics(model)
     finally:
@@ -105,16 +109,16 @@ def _check_bases(model: PreTrainedModel) -> None:
     for name, experts in model.named_modules():
         if not isinstance(experts, ExtendedExperts):
             continue
-        if type(experts.base) not in (nn.Linear, Conv1D):
-            raise ValueError(
-                f"a mixture can be merged if its base's layers are plain linear layers; {name}.base is a "
-                f"{type(experts.base).__name__}. Keep the mixture as an adapter (mpoe.save_adapter), or merge a LoRA "
-                "adapter before mpoe.upcycle"
-            )
-        if is_quantized(experts.base):
+        if experts.base_weight is None or experts.central is None:
             raise ValueError(
                 f"a mixture must be on a base in floating point to be merged, and {name}.base is quantised: keep it as "
                 "an adapter (mpoe.save_adapter)"
+            )
+        if type(experts.base) not in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"a mixture can be merged if its base's layers are plain linear layers; {name}.base is a "
+                f"{type(experts.base).__module__}.{type(experts.base).__name__}. Keep the mixture as an adapter "
+                "(mpoe.save_adapter), or merge a LoRA adapter before mpoe.upcycle"
             )
 
 

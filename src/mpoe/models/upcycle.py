@@ -65,7 +65,8 @@ def upcycle(model: PreTrainedModel, config: MPOEConfig | None = None) -> PreTrai
     Source: MPOE (Gao et al., COLING 2022), §3; Sparse upcycling (Komatsuzaki et al., ICLR 2023).
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"only a Transformers model can be upcycled; got {type(model).__name__}")
+        advice = "; pass what get_base_model() returns" if hasattr(model, "get_base_model") else ""
+        raise ValueError(f"only a Transformers model can be upcycled; got {type(model).__name__}{advice}")
     config = MPOEConfig() if config is None else config
     found = _find(model, config)
     if found.embedding is not None:

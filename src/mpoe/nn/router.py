@@ -205,7 +205,8 @@ class TopKRouter(Float32Module):
         balancing = self.balancing
         if balancing is None:
             return probabilities.topk(self.top_k, dim=-1)
-        counts = self.training and not is_recomputed()
+        # a mixture of which nothing trains has no optimizer steps, and stays as it is
+        counts = self.training and not is_recomputed() and (self.weight.requires_grad or watched is not None)
         if counts:
             balancing.follow(self.weight if watched is None else watched)
         expert_index = balancing.scores(probabilities.detach()).topk(self.top_k, dim=-1).indices
