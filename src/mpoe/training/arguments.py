@@ -282,7 +282,10 @@ class TrainableArguments:
     _argument_group_name: ClassVar[str] = "what trains, and how fast"
 
     freeze_model: bool = field(
-        default=False, metadata={"help": "Train MPOs, experts and routers only, not the rest of the model."}
+        default=False,
+        metadata={
+            "help": "Train feed-forward matrices, experts and routers only; with --tensor_learn experts and routers."
+        },
     )
     freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the encoder."})
     freeze_embeds: bool = field(
