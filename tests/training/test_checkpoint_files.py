@@ -1,10 +1,14 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpoe.cli.main import main
 from mpoe.training.checkpoint_files import finished_checkpoints, last_checkpoint, seal, unfinished_checkpoints
+from tiny import FLAGS
 
 
 def make_checkpoint(folder, step, sealed=True):
@@ -81,3 +85,13 @@ def test_damage_of_the_seal_and_of_the_only_checkpoint(tmp_path):
         (path / "checksums.json").write_text(text)
         with pytest.raises(ValueError, match=r"checksums\.json is damaged.* the same command starts anew"):
             last_checkpoint(tmp_path)
+
+
+def test_a_run_that_died_after_its_last_checkpoint_keeps_as_many_as_an_unbroken_one(ground):
+    command = ["finetune", *FLAGS, "--save_total_limit", "1"]
+    assert main(command) == 0
+    assert [path.name for path in Path("run").glob("checkpoint-*")] == ["checkpoint-4"]
+    shutil.copytree("run/checkpoint-4", "run/checkpoint-2")  # killed before it was deleted
+    Path("run/results.json").unlink()
+    assert main(command) == 0
+    assert [path.name for path in Path("run").glob("checkpoint-*")] == ["checkpoint-4"]

@@ -20,7 +20,7 @@ import transformers
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from mpoe.files import brief, fits, read_json
 from mpoe.models import (
@@ -264,7 +264,10 @@ def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutpu
     """Train; on from a checkpoint, whose files are read as numbers and never as code."""
     try:
         return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except NothingLeft:  # it died after its last checkpoint: what the Trainer does at its end is left
+    except NothingLeft:  # it died after its last checkpoint: what the Trainer does after that is left
+        state = trainer.state
+        if trainer.args.should_save and trainer.args.output_dir is not None:
+            rotate_checkpoints(trainer.args.output_dir, trainer.args.save_total_limit, state.best_model_checkpoint)
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
