@@ -128,7 +128,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "setup: making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "setup: installing mpoe and its dependencies (about 1 GB; takes some minutes; log in $(LOG))"
-	@$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[dev,docs]' >$(LOG) 2>&1 \
+	@$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[dev,docs,loops]' >$(LOG) 2>&1 \
 	  || { cat $(LOG) >&2; echo "setup: pip failed, its output is above; run the same command again to retry" >&2; exit 1; }
 	@$(BIN)/pyright --version >>$(LOG) 2>&1 || { cat $(LOG) >&2; echo "setup: pyright does not start" >&2; exit 1; }
 	@touch $@
