@@ -226,5 +226,5 @@ def test_a_model_that_0_1_saved_is_loaded(tmp_path, options):
     assert torch.equal(logits_of(mpoe.from_pretrained(tmp_path), batch), logits_of(model, batch))
     old |= {"layout": "separable", "mpo_layers": ["mlp"]}
     file.write_text(json.dumps({**written, "quantization_config": old}))
-    with pytest.raises(ValueError, match=r"layout 'separable' is retired.*mpoe 0\.1\.0 is the last"):
+    with pytest.raises(ValueError, match=r"layout 'separable' is retired.*mpoe 0\.1\.0 \(commit \w+\) is the last"):
         mpoe.from_pretrained(tmp_path)
