@@ -27,7 +27,7 @@ QUICK = [*FLAGS, "--max_steps", "2", "--save_strategy", "no"]
         (["--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
         (["--layout=balanced", "--site_dims", '{"64x32": [[4, 4, 8], [2, 4, 4]]}'], "must equal output_features = 64"),
         (["--linear_trunc", "30"], "linear_trunc must be 30000 with layout extended, which truncates nothing; got 30"),
-        (["--mpo_layers", "mlp,attention"], "mpo_layers must be ['mlp'] with layout 'extended'"),
+        (["--mpo_layers", "mlp,attention"], "need layout='balanced'"),
         (["--capacity_factor", "1.25"], "capacity_factor must be left out with layout 'extended', got 1.25"),
         (["--balancing", "auction"], "argument --balancing: invalid choice: 'auction'"),
         (["--balancing_step", "0"], "balancing_step must be > 0; got 0"),
