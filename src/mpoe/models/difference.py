@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-IGNORED = -100
+IGNORED = -100  # label of what is no target, as everywhere in Transformers
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mpoe.config import MPOEConfig
+from mpoe.models.difference import IGNORED
 from mpoe.nn import MoEFeedForward, TopKRouter
 from mpoe.nn.balancing import is_recomputed
 from mpoe.nn.feed_forward import warn_of_unused_loss
-
-IGNORED = -100  # label of what is no target, as everywhere in Transformers
 
 
 def mixtures(model: nn.Module) -> dict[str, MoEFeedForward]:

@@ -54,7 +54,7 @@ class Dispatch:
     @property
     def token_index(self) -> Int[Tensor, " N"]:
         """The token of every row."""
-        return self.order if self.top_k == 1 else self.order // self.top_k
+        return _token_index(self.order, self.top_k)
 
     def dispatch(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "N D"]:
         """Tokens in the experts' order, once for each expert that they go to."""
@@ -70,8 +70,8 @@ class Dispatch:
         return (y_TKD * weight[:, :, None]).sum(dim=1) if self.top_k > 1 else y_TKD.squeeze(1) * weight
 
 
-def _rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    return x.index_select(0, order if top_k == 1 else order // top_k)
+def _token_index(order: Tensor, top_k: int) -> Tensor:
+    return order if top_k == 1 else order // top_k
 
 
 class _Rows(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(order)
         ctx.top_k, ctx.num_tokens = top_k, len(x)
-        return _rows(x, order, top_k)
+        return x.index_select(0, _token_index(order, top_k))
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:

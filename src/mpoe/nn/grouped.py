@@ -74,9 +74,7 @@ def blockwise(
     return blocks[0] if blocks else of_expert(x, 0)
 
 
-def linear(
-    x: Float[Tensor, "N k"], weight: Float[Tensor, "l k"], out: Float[Tensor, "N l"] | None = None
-) -> Float[Tensor, "N l"]:
+def linear(x: Float[Tensor, "N k"], weight: Float[Tensor, "l k"]) -> Float[Tensor, "N l"]:
     """X Wᵀ, as a CPU does it fastest in float32.
 
     For a few rows that is (W xᵀ)ᵀ, up to four times faster. For very few it waits for W, which a single product reads
@@ -85,13 +83,12 @@ def linear(
     Args:
         x: Rows.
         weight: W.
-        out: Where there is room for the result, without a graph.
     """
     if 0 < len(x) < FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32:
         # how many threads there are is nothing for a compiled graph
         is_in_parts = len(x) < VERY_FEW_ROWS and is_known_to_host(x.device)
         return (_linear_in_parts if is_in_parts else linear_columns)(x, weight).T
-    return nn.functional.linear(x, weight) if out is None else torch.mm(x, weight.T, out=out)
+    return nn.functional.linear(x, weight)
 
 
 def _linear_in_parts(x: Float[Tensor, "N k"], weight: Float[Tensor, "l k"]) -> Float[Tensor, "l N"]:

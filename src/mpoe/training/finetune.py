@@ -265,13 +265,13 @@ def _train(trainer: transformers.Trainer, checkpoint: Path | None) -> TrainOutpu
     try:
         return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except NothingLeft:  # it died after its last checkpoint: what the Trainer does after that is left
-        state = trainer.state
-        if trainer.args.should_save and trainer.args.output_dir is not None:
-            rotate_checkpoints(trainer.args.output_dir, trainer.args.save_total_limit, state.best_model_checkpoint)
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        args, state = trainer.args, trainer.state
+        if args.should_save and args.output_dir is not None:
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+        trainer.callback_handler.on_train_end(args, state, trainer.control)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             trainer._load_best_model()
-        return TrainOutput(trainer.state.global_step, 0.0, {})
+        return TrainOutput(state.global_step, 0.0, {})
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from mpoe.models import expert_shares, mpoe_config, reset_usage, routers, sum_usage, take_router_loss
+from mpoe.models.difference import IGNORED
 from mpoe.training.arguments import FinetuneTrainingArguments
 from mpoe.training.objective import TrainerParts
 
-IGNORED = -100  # label of what is no target, as everywhere in Transformers
 DEAD_SHARE = 0.01
 _ADVICE = {  # by balancing
     "bias": "A larger balancing_step",
